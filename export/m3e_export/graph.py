@@ -1,0 +1,166 @@
+"""BERT weights -> ONNX graph, packed: no arithmetic on padding.
+
+Everything but attention works on the T real tokens of a batch, laid end to end as (T, hidden). Around attention
+the tokens are gathered into the padded rectangle (batch, seq_len, hidden) and back. Where a row has pads, the
+gather repeats a real token; the mask keeps it out of attention and of pooling.
+
+Choices that a measurement made (seconds in the README's design notes): Add + LayerNormalization rather than
+SkipLayerNormalization, Gemm with bias + Gelu rather than BiasGelu, MultiHeadAttention on unpacked Q, K and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from m3e_export.builder import CONTRIB, GraphBuilder
+from m3e_export.checkpoint import GELU_APPROXIMATION, Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Values that relate the packed tokens to the padded rectangle.
+
+    Attributes:
+        token_index: int64 (T,), position of each real token in the flattened rectangle.
+        cell_index: int64 (batch, seq_len), the packed token that stands in each cell of the rectangle.
+        mask: int32 (batch, seq_len), 1 for real tokens.
+    """
+
+    token_index: str
+    cell_index: str
+    mask: str
+
+
+def build_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) -> onnx.ModelProto:
+    """Build the FP32 graph of a checkpoint.
+
+    Args:
+        checkpoint: Weights, config and pooling.
+        with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
+
+    Returns:
+        A model with inputs ``input_ids``, ``attention_mask``, int64 (batch, seq_len), and output
+        ``sentence_embedding``, float32 (batch, dim).
+    """
+    config = checkpoint.config
+    builder = GraphBuilder(["input_ids", "attention_mask"])
+    packing, ids, positions = _pack(builder)
+    hidden = _embeddings(builder, checkpoint, ids, positions)
+    for i in range(config.num_hidden_layers):
+        hidden = _layer(builder, checkpoint, i, hidden, packing)
+    builder.scope("pooling")
+    outputs: dict[str, tuple[str, list[int | str]]] = {
+        "sentence_embedding": (_pool(builder, checkpoint, hidden, packing), ["batch", config.hidden_size])
+    }
+    if with_token_embeddings:
+        cells = _masked_cells(builder, hidden, packing)
+        outputs["last_hidden_state"] = (cells, ["batch", "seq_len", config.hidden_size])
+    return builder.finish(outputs)
+
+
+def _pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
+    """Find the real tokens: their places, ids (T,) and positions (T,)."""
+    builder.scope("packing")
+    shape = builder.op("Shape", "attention_mask")
+    mask = builder.op("Reshape", "attention_mask", builder.int64(-1))
+    token_index = builder.op("Reshape", builder.op("NonZero", mask), builder.int64(-1))
+    ids = builder.op("Gather", builder.op("Reshape", "input_ids", builder.int64(-1)), token_index)
+    positions = builder.op("Mod", token_index, builder.op("Gather", shape, builder.const("one", 1, np.int64)))
+    # A running count of real tokens, less one, is the packed place of the last real token up to each cell. Before the
+    # first one it is -1, which Gather reads as the last token of all: any token will do.
+    count = builder.op("CumSum", mask, builder.const("zero", 0, np.int64))
+    cell_index = builder.op("Reshape", builder.op("Sub", count, builder.const("one", 1, np.int64)), shape)
+    mask32 = builder.op("Cast", "attention_mask", to=onnx.TensorProto.INT32)
+    return Packing(token_index, cell_index, mask32), ids, positions
+
+
+def _embeddings(builder: GraphBuilder, checkpoint: Checkpoint, ids: str, positions: str) -> str:
+    """Word + position + token type 0, normalised: (T, hidden)."""
+    builder.scope("embeddings")
+    tensors = checkpoint.tensors
+    # Sentence encoders see one segment: its row is added to every position.
+    position_rows = (
+        tensors["embeddings.position_embeddings.weight"] + tensors["embeddings.token_type_embeddings.weight"][0]
+    )
+    words = builder.const("embeddings.word_embeddings.weight", tensors["embeddings.word_embeddings.weight"])
+    rows = builder.const("embeddings.position_embeddings.weight", position_rows[: checkpoint.max_seq_length])
+    total = builder.op("Add", builder.op("Gather", words, ids), builder.op("Gather", rows, positions))
+    return _layer_norm(builder, checkpoint, "embeddings.LayerNorm", total)
+
+
+def _layer(builder: GraphBuilder, checkpoint: Checkpoint, i: int, hidden: str, packing: Packing) -> str:
+    """One encoder layer, post-norm: (T, hidden) -> (T, hidden)."""
+    builder.scope(f"layer_{i}")
+    name = f"encoder.layer.{i}"
+    context = _attention(builder, checkpoint, f"{name}.attention.self", hidden, packing)
+    attended = _linear(builder, checkpoint, f"{name}.attention.output.dense", context)
+    hidden = _layer_norm(builder, checkpoint, f"{name}.attention.output.LayerNorm", builder.op("Add", attended, hidden))
+    inner = builder.op(
+        "Gelu",
+        _linear(builder, checkpoint, f"{name}.intermediate.dense", hidden),
+        approximate=GELU_APPROXIMATION[checkpoint.config.hidden_act],
+    )
+    outer = _linear(builder, checkpoint, f"{name}.output.dense", inner)
+    return _layer_norm(builder, checkpoint, f"{name}.output.LayerNorm", builder.op("Add", outer, hidden))
+
+
+def _attention(builder: GraphBuilder, checkpoint: Checkpoint, name: str, hidden: str, packing: Packing) -> str:
+    """Self-attention within each text: (T, hidden) -> (T, hidden), before the output projection."""
+    query, key, value = (
+        builder.op("Gather", _linear(builder, checkpoint, f"{name}.{part}", hidden), packing.cell_index)
+        for part in ("query", "key", "value")
+    )
+    context = builder.op(
+        "MultiHeadAttention", query, key, value, "", packing.mask,
+        domain=CONTRIB, num_heads=checkpoint.config.num_attention_heads,
+    )  # fmt: skip
+    flat = builder.op("Reshape", context, builder.int64(-1, checkpoint.config.hidden_size))
+    return builder.op("Gather", flat, packing.token_index)
+
+
+def _linear(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value: str) -> str:
+    """(T, in) -> (T, out)."""
+    weight = builder.const(f"{name}.weight", checkpoint.tensors[f"{name}.weight"].T)  # (in, out)
+    return builder.op("Gemm", value, weight, builder.const(f"{name}.bias", checkpoint.tensors[f"{name}.bias"]))
+
+
+def _layer_norm(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value: str) -> str:
+    weight, bias = (
+        builder.const(f"{name}.{part}", checkpoint.tensors[f"{name}.{part}"]) for part in ("weight", "bias")
+    )
+    return builder.op("LayerNormalization", value, weight, bias, axis=-1, epsilon=checkpoint.config.layer_norm_eps)
+
+
+def _pool(builder: GraphBuilder, checkpoint: Checkpoint, hidden: str, packing: Packing) -> str:
+    """(T, hidden) -> (batch, dim), in FP32, at unit length if the checkpoint says so."""
+    (pooling,) = checkpoint.pooling
+    embedding = {"mean": _mean, "cls": _cls}[pooling](builder, hidden, packing)
+    if not checkpoint.normalize:
+        return embedding
+    norm = builder.op("ReduceL2", embedding, builder.int64(1), keepdims=1)
+    # The bound is torch.nn.functional.normalize's.
+    return builder.op("Div", embedding, builder.op("Max", norm, builder.const("norm_bound", 1e-12, np.float32)))
+
+
+def _mean(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
+    """Mean over the real tokens; a text without any gives zeros (sentence-transformers: modules/pooling.py)."""
+    total = builder.op("ReduceSum", _masked_cells(builder, hidden, packing), builder.int64(1), keepdims=0)
+    length = builder.op("Cast", builder.op("ReduceSum", "attention_mask", builder.int64(1), keepdims=1),
+                        to=onnx.TensorProto.FLOAT)  # fmt: skip
+    return builder.op("Div", total, builder.op("Max", length, builder.const("one_float", 1, np.float32)))
+
+
+def _cls(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
+    """The first token of each text."""
+    first = builder.op("Gather", packing.cell_index, builder.const("zero", 0, np.int64), axis=1)
+    return builder.op("Gather", hidden, first)
+
+
+def _masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
+    """(T, hidden) -> (batch, seq_len, hidden), zero at pads."""
+    cells = builder.op("Gather", hidden, packing.cell_index)
+    mask = builder.op("Cast", packing.mask, to=onnx.TensorProto.FLOAT)
+    return builder.op("Mul", cells, builder.op("Unsqueeze", mask, builder.int64(2)))

@@ -1,0 +1,92 @@
+"""A checkpoint's tokenizer files -> one ``tokenizer.json`` with transformers' token ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from m3e.errors import CheckpointError
+
+# tokenizer_config.json -> BertNormalizer. transformers' BertTokenizer lets the first overrule the second.
+_NORMALIZER_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
+    """Read ``tokenizer.json``, or build it from ``vocab.txt``.
+
+    Args:
+        folder: The checkpoint's folder.
+        vocab_size: Rows of the word embeddings; every token id must be smaller.
+
+    Returns:
+        Content of a ``tokenizer.json``, without truncation or padding.
+
+    Raises:
+        CheckpointError: No tokenizer, a damaged one, or one with more tokens than the model has embeddings.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    options = _read_options(folder / "tokenizer_config.json")
+    if path.exists():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            _overrule_normalizer(content, options)
+            tokenizer = Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{str(path)!r} cannot be read as a tokenizer: {error}") from error
+    elif (folder / "vocab.txt").exists():
+        tokenizer = _from_vocabulary(folder / "vocab.txt", options)
+    else:
+        raise CheckpointError(f"{str(folder)!r} has no tokenizer: expected tokenizer.json or vocab.txt")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= largest < vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {str(folder)!r} has ids up to {largest}, the model has {vocab_size} word embeddings"
+        )
+    return str(tokenizer.to_str(pretty=False)).encode("utf-8")
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: content[name] for name in _NORMALIZER_OPTIONS if name in content}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _overrule_normalizer(content: dict[str, Any], options: dict[str, Any]) -> None:
+    normalizer = content.get("normalizer") or {}
+    if normalizer.get("type") == "BertNormalizer":
+        normalizer.update({_NORMALIZER_OPTIONS[name]: value for name, value in options.items()})
+
+
+def _from_vocabulary(path: Path, options: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split("\n")) if token}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
+    if missing:
+        raise CheckpointError(f"{str(path)!r} lacks {', '.join(missing)}: it is no BERT vocabulary")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106 (no password)
+    tokenizer.add_special_tokens(
+        [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocabulary]
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=options.get("do_lower_case", True),
+        strip_accents=options.get("strip_accents"),
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer

@@ -1,0 +1,111 @@
+"""A bundle on disk: a folder whose manifest accounts for every file in it.
+
+Nothing of a file is used before its name, size and hash agree with the manifest, and what is used are the very bytes
+that were hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from m3e.errors import BundleError
+from m3e.manifest import MANIFEST_NAME, File, Graph, Manifest
+
+_MAX_MANIFEST_BYTES = 16 << 20
+_REPAIR = "convert the checkpoint again, or copy the bundle again"
+
+
+class Bundle:
+    """A folder written by the exporter, with its manifest read and its file names and sizes checked.
+
+    Args:
+        folder: The bundle's folder.
+
+    Raises:
+        BundleError: The folder is missing, is no bundle, or does not hold exactly the manifest's files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise BundleError(
+                f"no bundle at {str(self.folder)!r}: there is no such folder; "
+                f"make one with 'python export/convert.py CHECKPOINT -o {self.folder}'"
+            )
+        if not (self.folder / MANIFEST_NAME).exists():
+            raise BundleError(
+                f"{str(self.folder)!r} is not a bundle: it has no {MANIFEST_NAME}; "
+                f"if it is a checkpoint, convert it: 'python export/convert.py {self.folder} -o DIR'"
+            )
+        self.manifest = Manifest.from_bytes(self._read(MANIFEST_NAME, None))
+        self._check_names()
+
+    def graph(self, precision: str, target: str) -> Graph:
+        """Find the graph of a precision for a target.
+
+        Raises:
+            BundleError: The bundle has no such graph; the message lists those it has.
+        """
+        for graph in self.manifest.graphs:
+            if (graph.precision, graph.target) == (precision, target):
+                return graph
+        available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
+        raise BundleError(
+            f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
+            f"convert again with '--precision {precision}'"
+        )
+
+    def read(self, name: str) -> bytes:
+        """Read a file of the manifest whole and check it.
+
+        Returns:
+            The bytes whose hash agreed with the manifest.
+
+        Raises:
+            BundleError: Another size or hash than the manifest says, or not a regular file.
+        """
+        return self._read(name, self.manifest.files[name])
+
+    def verify(self) -> None:
+        """Hash every file.
+
+        Raises:
+            BundleError: The first file that does not match the manifest.
+        """
+        for name in self.manifest.files:
+            self.read(name)
+
+    def _check_names(self) -> None:
+        declared = {**self.manifest.files, MANIFEST_NAME: None}
+        present = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()}
+        problems = [f"{name} is missing" for name in sorted(declared.keys() - present)]
+        problems += [f"{name} is not in the manifest" for name in sorted(present - declared.keys())]
+        problems += [f"graph {graph.file} is not among the files" for graph in self.manifest.graphs
+                     if graph.file not in declared]  # fmt: skip
+        for name in sorted(self.manifest.files.keys() & present):
+            expected, size = self.manifest.files[name].size_bytes, (self.folder / name).lstat().st_size
+            if size != expected:
+                problems.append(f"{name} has {size} bytes, the manifest says {expected}")
+        if problems:
+            raise BundleError(f"{str(self.folder)!r} does not match its manifest: {'; '.join(problems)}; {_REPAIR}")
+
+    def _read(self, name: str, expected: File | None) -> bytes:
+        path = self.folder / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; links are refused; {_REPAIR}") from error
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise BundleError(f"{str(path)!r} is not a plain file of its own (a link, pipe or device); {_REPAIR}")
+            limit = _MAX_MANIFEST_BYTES if expected is None else expected.size_bytes
+            if status.st_size > limit or (expected is not None and status.st_size != limit):
+                raise BundleError(f"{str(path)!r} has {status.st_size} bytes, expected {limit}; {_REPAIR}")
+            data = file.read(limit + 1)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected.sha256:
+            raise BundleError(f"{str(path)!r} is damaged: its sha256 is not the manifest's; {_REPAIR}")
+        return data

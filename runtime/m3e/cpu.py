@@ -1,0 +1,62 @@
+"""How many processors this process may really use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_SELF_CGROUP = Path("/proc/self/cgroup")
+
+
+def available_threads() -> int:
+    """Count the processors this process may use: scheduling affinity, then the cgroup's CPU quota.
+
+    onnxruntime looks at neither and counts the host's cores, which in a container means threads that fight
+    for a small quota. A quota of 1.5 processors counts as two threads.
+
+    Returns:
+        At least 1.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return processors if quota is None else max(1, min(processors, math.ceil(quota)))
+
+
+def _cgroup_quota(root: Path = _CGROUP, membership: Path = _SELF_CGROUP) -> float | None:
+    """Read the tightest CPU quota, in processors, over this process's cgroup and its ancestors.
+
+    Source of the formats: Linux Documentation/admin-guide/cgroup-v2.rst (``cpu.max``: "$MAX $PERIOD") and
+    Documentation/scheduler/sched-bwc.rst (``cpu.cfs_quota_us``, -1 for no limit; ``cpu.cfs_period_us``).
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None  # not Linux, or /proc is not mounted
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount = root
+        elif "cpu" in controllers.split(","):
+            mount = root / "cpu"
+        else:
+            continue
+        relative = Path(path.lstrip("/"))
+        # Inside a container the path may name the host's tree; then only the mount itself exists.
+        folders = [mount / relative, *(mount / parent for parent in relative.parents), mount]
+        quotas += [quota for folder in folders if (quota := _quota_of(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None  # no such file here, or "max": no quota at this level

@@ -1,0 +1,20 @@
+"""A progress bar on standard error, for people at a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def progress_bar(total: int, unit: str, show: bool | None = None) -> Any:
+    """Open a tqdm bar; use it with ``with`` and call ``update(n)``.
+
+    Args:
+        total: How many units there are.
+        unit: What is counted, in the singular.
+        show: True or False; None shows it on a terminal, and only when the work takes longer than a second.
+    """
+    from tqdm import tqdm
+
+    shown = sys.stderr.isatty() if show is None else show
+    return tqdm(total=total, unit=unit, disable=not shown, delay=0 if show else 1, leave=show is True)

