@@ -90,6 +90,7 @@ def load_checkpoint(
     config = _read_config(raw_config, folder)
     pooling, has_normalize = read_pooling(folder, raw_config, source.id)
     own = read_json(folder / "config_sentence_transformers.json", default={})
+    prompts, default_prompt_name = _read_prompts(own, folder)
     tensors, weights_sha256 = read_weights(folder)
     _check_tensors(config, tensors, folder)
     return Checkpoint(
@@ -103,8 +104,8 @@ def load_checkpoint(
         pooling=pooling,
         normalize=has_normalize if normalize is None else normalize,
         max_seq_length=_max_seq_length(folder, config, max_seq_length),
-        prompts=dict(own.get("prompts") or {}),
-        default_prompt_name=own.get("default_prompt_name"),
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
         similarity_fn_name=own.get("similarity_fn_name") or "cosine",
     )
 
@@ -157,12 +158,23 @@ def _read_config(raw: dict[str, Any], folder: Path) -> BertConfig:
     return BertConfig(**values)
 
 
+def _read_prompts(own: dict[str, Any], folder: Path) -> tuple[dict[str, str], str | None]:
+    prompts, default = own.get("prompts") or {}, own.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise CheckpointError(f"the prompts of {str(folder)!r} are {prompts!r}, expected an object of strings")
+    if default is not None and default not in prompts:
+        available = ", ".join(prompts) or "none"
+        raise CheckpointError(f"the default prompt of {str(folder)!r} is {default!r}, its prompts are {available}")
+    return prompts, default
+
+
 def _max_seq_length(folder: Path, config: BertConfig, asked: int | None) -> int:
     """sentence-transformers' rule: its own file, else the smaller of positions and the tokenizer's limit."""
     limit = config.max_position_embeddings
     own = read_json(folder / "sentence_bert_config.json", default={}).get("max_seq_length")
     if own is None:
-        own = min(limit, read_json(folder / "tokenizer_config.json", default={}).get("model_max_length", limit))
+        stated = read_json(folder / "tokenizer_config.json", default={}).get("model_max_length")
+        own = min(limit, stated) if isinstance(stated, (int, float)) else limit
     length = own if asked is None else asked
     if type(length) is not int or not 3 <= length <= limit:
         raise CheckpointError(f"max_seq_length is {length!r}, expected 3 to {limit} (the model's positions)")

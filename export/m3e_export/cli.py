@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3e.cli import run_guarded
+from m3e.cli.guard import run_guarded
 from m3e.cli.info import certificate_lines
 from m3e.errors import DependencyError
 

@@ -10,6 +10,7 @@ SkipLayerNormalization, Gemm with bias + Gelu rather than BiasGelu, MultiHeadAtt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,31 @@ import onnx
 
 from m3e_export.builder import CONTRIB, GraphBuilder
 from m3e_export.checkpoint import GELU_APPROXIMATION, Checkpoint
+
+
+class Weights:
+    """FP32 storage of the word embeddings and the linear layers; a subclass stores them otherwise.
+
+    Args:
+        checkpoint: The weights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tensors = checkpoint.tensors
+
+    def words(self, builder: GraphBuilder, ids: str) -> str:
+        """Word embeddings of ids (T,): float32 (T, hidden)."""
+        name = "embeddings.word_embeddings.weight"
+        return builder.op("Gather", builder.const(name, self.tensors[name]), ids)
+
+    def linears(self, builder: GraphBuilder, site: str, names: Sequence[str], value: str) -> list[str]:
+        """Linear layers that read the same value (T, in): float32 (T, out) each."""
+        return [self.linear(builder, f"{site}.{name}", value) for name in names]
+
+    def linear(self, builder: GraphBuilder, name: str, value: str) -> str:
+        """One FP32 linear layer."""
+        weight = builder.const(f"{name}.weight", self.tensors[f"{name}.weight"].T)  # (in, out)
+        return builder.op("Gemm", value, weight, builder.const(f"{name}.bias", self.tensors[f"{name}.bias"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +60,14 @@ class Packing:
     mask: str
 
 
-def build_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) -> onnx.ModelProto:
-    """Build the FP32 graph of a checkpoint.
+def build_graph(
+    checkpoint: Checkpoint, weights: Weights | None = None, *, with_token_embeddings: bool = False
+) -> onnx.ModelProto:
+    """Build the graph of a checkpoint.
 
     Args:
         checkpoint: Weights, config and pooling.
+        weights: How the word embeddings and linear layers are stored; None for FP32.
         with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
 
     Returns:
@@ -46,11 +75,12 @@ def build_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
         ``sentence_embedding``, float32 (batch, dim).
     """
     config = checkpoint.config
+    weights = weights or Weights(checkpoint)
     builder = GraphBuilder(["input_ids", "attention_mask"])
     packing, ids, positions = _pack(builder)
-    hidden = _embeddings(builder, checkpoint, ids, positions)
+    hidden = _embeddings(builder, checkpoint, weights, ids, positions)
     for i in range(config.num_hidden_layers):
-        hidden = _layer(builder, checkpoint, i, hidden, packing)
+        hidden = _layer(builder, checkpoint, weights, i, hidden, packing)
     builder.scope("pooling")
     outputs: dict[str, tuple[str, list[int | str]]] = {
         "sentence_embedding": (_pool(builder, checkpoint, hidden, packing), ["batch", config.hidden_size])
@@ -77,7 +107,7 @@ def _pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
     return Packing(token_index, cell_index, mask32), ids, positions
 
 
-def _embeddings(builder: GraphBuilder, checkpoint: Checkpoint, ids: str, positions: str) -> str:
+def _embeddings(builder: GraphBuilder, checkpoint: Checkpoint, weights: Weights, ids: str, positions: str) -> str:
     """Word + position + token type 0, normalised: (T, hidden)."""
     builder.scope("embeddings")
     tensors = checkpoint.tensors
@@ -85,46 +115,40 @@ def _embeddings(builder: GraphBuilder, checkpoint: Checkpoint, ids: str, positio
     position_rows = (
         tensors["embeddings.position_embeddings.weight"] + tensors["embeddings.token_type_embeddings.weight"][0]
     )
-    words = builder.const("embeddings.word_embeddings.weight", tensors["embeddings.word_embeddings.weight"])
     rows = builder.const("embeddings.position_embeddings.weight", position_rows[: checkpoint.max_seq_length])
-    total = builder.op("Add", builder.op("Gather", words, ids), builder.op("Gather", rows, positions))
+    total = builder.op("Add", weights.words(builder, ids), builder.op("Gather", rows, positions))
     return _layer_norm(builder, checkpoint, "embeddings.LayerNorm", total)
 
 
-def _layer(builder: GraphBuilder, checkpoint: Checkpoint, i: int, hidden: str, packing: Packing) -> str:
+def _layer(
+    builder: GraphBuilder, checkpoint: Checkpoint, weights: Weights, i: int, hidden: str, packing: Packing
+) -> str:
     """One encoder layer, post-norm: (T, hidden) -> (T, hidden)."""
     builder.scope(f"layer_{i}")
-    name = f"encoder.layer.{i}"
-    context = _attention(builder, checkpoint, f"{name}.attention.self", hidden, packing)
-    attended = _linear(builder, checkpoint, f"{name}.attention.output.dense", context)
-    hidden = _layer_norm(builder, checkpoint, f"{name}.attention.output.LayerNorm", builder.op("Add", attended, hidden))
-    inner = builder.op(
-        "Gelu",
-        _linear(builder, checkpoint, f"{name}.intermediate.dense", hidden),
-        approximate=GELU_APPROXIMATION[checkpoint.config.hidden_act],
+    layer = f"encoder.layer.{i}"
+    query, key, value = weights.linears(builder, f"{layer}.attention.self", ("query", "key", "value"), hidden)
+    context = _attention(builder, checkpoint, query, key, value, packing)
+    (attended,) = weights.linears(builder, f"{layer}.attention.output", ("dense",), context)
+    hidden = _layer_norm(
+        builder, checkpoint, f"{layer}.attention.output.LayerNorm", builder.op("Add", attended, hidden)
     )
-    outer = _linear(builder, checkpoint, f"{name}.output.dense", inner)
-    return _layer_norm(builder, checkpoint, f"{name}.output.LayerNorm", builder.op("Add", outer, hidden))
+    (inner,) = weights.linears(builder, f"{layer}.intermediate", ("dense",), hidden)
+    inner = builder.op("Gelu", inner, approximate=GELU_APPROXIMATION[checkpoint.config.hidden_act])
+    (outer,) = weights.linears(builder, f"{layer}.output", ("dense",), inner)
+    return _layer_norm(builder, checkpoint, f"{layer}.output.LayerNorm", builder.op("Add", outer, hidden))
 
 
-def _attention(builder: GraphBuilder, checkpoint: Checkpoint, name: str, hidden: str, packing: Packing) -> str:
-    """Self-attention within each text: (T, hidden) -> (T, hidden), before the output projection."""
-    query, key, value = (
-        builder.op("Gather", _linear(builder, checkpoint, f"{name}.{part}", hidden), packing.cell_index)
-        for part in ("query", "key", "value")
-    )
+def _attention(
+    builder: GraphBuilder, checkpoint: Checkpoint, query: str, key: str, value: str, packing: Packing
+) -> str:
+    """Self-attention within each text: three times (T, hidden) -> (T, hidden)."""
+    cells = [builder.op("Gather", part, packing.cell_index) for part in (query, key, value)]
     context = builder.op(
-        "MultiHeadAttention", query, key, value, "", packing.mask,
+        "MultiHeadAttention", *cells, "", packing.mask,
         domain=CONTRIB, num_heads=checkpoint.config.num_attention_heads,
     )  # fmt: skip
     flat = builder.op("Reshape", context, builder.int64(-1, checkpoint.config.hidden_size))
     return builder.op("Gather", flat, packing.token_index)
-
-
-def _linear(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value: str) -> str:
-    """(T, in) -> (T, out)."""
-    weight = builder.const(f"{name}.weight", checkpoint.tensors[f"{name}.weight"].T)  # (in, out)
-    return builder.op("Gemm", value, weight, builder.const(f"{name}.bias", checkpoint.tensors[f"{name}.bias"]))
 
 
 def _layer_norm(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value: str) -> str:

@@ -7,13 +7,14 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from m3e.encoder import Encoder
+from m3e.encoder import Encoder, TruncationWarning
 from m3e.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -191,7 +192,9 @@ def _certify(manifest: Manifest, checkpoint: Checkpoint, folder: Path, report: C
         report(f"certifying {graph.precision}")
         graphs.append(dataclasses.replace(graph, certificate=certify(encoder, checkpoint)))
         if ranges is None:
-            vectors = encoder.encode(range_texts())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TruncationWarning)  # a short max_seq_length is meant
+                vectors = encoder.encode(range_texts())
             ranges = _ranges(vectors), _ranges(unit_rows(vectors))
     assert ranges is not None
     return dataclasses.replace(

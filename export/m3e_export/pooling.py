@@ -72,13 +72,12 @@ def _read_pooling_config(path: Path) -> tuple[str, ...]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         mode = config.get("pooling_mode")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
-    if mode is None:
-        # Without any key set, sentence-transformers takes mean.
-        modes = tuple(name for key, name in _LEGACY_KEYS.items() if config.get(key)) or ("mean",)
-    else:
+        if mode is None:
+            # Without any key set, sentence-transformers takes mean.
+            mode = [name for key, name in _LEGACY_KEYS.items() if config.get(key)] or ["mean"]
         modes = (mode,) if isinstance(mode, str) else tuple(mode)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     if len(modes) != 1 or modes[0] not in SUPPORTED:
         raise CheckpointError(
             f"{str(path)!r} asks for pooling {' + '.join(map(str, modes))}; supported is one of {', '.join(SUPPORTED)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -33,8 +34,11 @@ def check_target(target: Path, force: bool) -> None:
     if target.is_symlink() or not target.is_dir():
         raise ExportError(f"{str(target)!r} exists and is no folder; choose another -o")
     if any(target.iterdir()):
-        if not (target / MANIFEST_NAME).is_file():
-            raise ExportError(f"{str(target)!r} holds other files and no bundle; choose another -o")
+        if not _is_bundle(target):
+            raise ExportError(
+                f"{str(target)!r} holds other files than a bundle's and is never replaced; remove it yourself, or "
+                "choose another -o"
+            )
         if not force:
             raise ExportError(f"{str(target)!r} already holds a bundle; --force replaces it")
 
@@ -83,11 +87,22 @@ def staged(target: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_bundle(folder: Path) -> bool:
+    """Whether a manifest of ours accounts for every file; other programs write a manifest.json too."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_bytes())
+        declared = {MANIFEST_NAME, *content["files"]}
+        files = [path for path in folder.rglob("*") if not path.is_dir()]
+        return "format_version" in content and all(path.relative_to(folder).as_posix() in declared for path in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _remove_leftovers(parent: Path, name: str) -> None:
     prefix = f".{name}.tmp-"
-    for path in parent.glob(f"{prefix}*"):
+    for path in parent.iterdir():  # no glob: the name may hold brackets
         pid = path.name.removeprefix(prefix).split("-")[0]
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -123,7 +138,11 @@ def _move_into_place(staging: Path, target: Path) -> None:
     else:  # no exchange on this system: for a moment there is no target
         older = staging.with_name(f"{staging.name}-older")
         target.rename(older)
-        staging.rename(target)
+        try:
+            staging.rename(target)
+        except OSError:
+            older.rename(target)
+            raise
         shutil.rmtree(older)
 
 

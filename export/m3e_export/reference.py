@@ -6,13 +6,13 @@ Both read the checkpoint's tensors by their original names and know nothing of t
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.encoder_math import attention, gelu, layer_norm
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -66,63 +66,21 @@ def numpy_token_embeddings(checkpoint: Checkpoint, input_ids: Sequence[int]) -> 
         y: Float64Array = x @ tensor(f"{name}.weight").T + tensor(f"{name}.bias")
         return y
 
-    def layer_norm(name: str, x: Float64Array) -> Float64Array:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + config.layer_norm_eps)
-        y: Float64Array = scaled * tensor(f"{name}.weight") + tensor(f"{name}.bias")
-        return y
+    def norm(name: str, x: Float64Array) -> Float64Array:
+        return layer_norm(x, tensor(f"{name}.weight"), tensor(f"{name}.bias"), config.layer_norm_eps)
 
     x = checkpoint.tensors["embeddings.word_embeddings.weight"][list(input_ids)].astype(np.float64)
     x += tensor("embeddings.position_embeddings.weight")[: len(input_ids)]
     x += tensor("embeddings.token_type_embeddings.weight")[0]
-    x = layer_norm("embeddings.LayerNorm", x)
+    x = norm("embeddings.LayerNorm", x)
     for i in range(config.num_hidden_layers):
         name = f"encoder.layer.{i}"
-        query, key, value = (
-            linear(f"{name}.attention.self.{part}", x)
-            .reshape(len(x), config.num_attention_heads, -1)
-            .transpose(1, 0, 2)  # (heads, n_tokens, head_dim)
-            for part in ("query", "key", "value")
-        )
-        scores = query @ key.transpose(0, 2, 1) / math.sqrt(query.shape[-1])
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        context = (weights @ value).transpose(1, 0, 2).reshape(x.shape)
-        x = layer_norm(f"{name}.attention.output.LayerNorm", x + linear(f"{name}.attention.output.dense", context))
+        query, key, value = (linear(f"{name}.attention.self.{part}", x)[None] for part in ("query", "key", "value"))
+        context = attention(query, key, value, config.num_attention_heads)[0]
+        x = norm(f"{name}.attention.output.LayerNorm", x + linear(f"{name}.attention.output.dense", context))
         inner = gelu(linear(f"{name}.intermediate.dense", x), config.hidden_act)
-        x = layer_norm(f"{name}.output.LayerNorm", x + linear(f"{name}.output.dense", inner))
+        x = norm(f"{name}.output.LayerNorm", x + linear(f"{name}.output.dense", inner))
     return x
-
-
-def gelu(x: Float64Array, hidden_act: str) -> Float64Array:
-    """Gaussian error linear unit (Hendrycks and Gimpel 2016, arXiv 1606.08415), exact or by tanh."""
-    if hidden_act == "gelu":
-        return 0.5 * x * (1 + erf(x / math.sqrt(2)))
-    result: Float64Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return result
-
-
-_ERF_STEP = 1 / 512
-_ERF_GRID = np.arange(-6 * 512, 6 * 512 + 1) * _ERF_STEP
-_ERF_VALUES = np.array([math.erf(x) for x in _ERF_GRID])
-_ERF_SLOPES = 2 / math.sqrt(math.pi) * np.exp(-(_ERF_GRID**2)) * _ERF_STEP
-
-
-def erf(x: Float64Array) -> Float64Array:
-    """Error function; numpy has none, and math.erf takes one number at a time.
-
-    Cubic Hermite interpolation of math.erf on a grid of 1/512: error below h^4 / 384 x max |erf''''| = 4e-13;
-    beyond 6 it is 1 to the last bit.
-    """
-    place = np.clip((x - _ERF_GRID[0]) / _ERF_STEP, 0, len(_ERF_GRID) - 1)
-    i = np.minimum(place.astype(np.int64), len(_ERF_GRID) - 2)
-    t = place - i
-    h00, h10 = (1 + 2 * t) * (1 - t) ** 2, t * (1 - t) ** 2
-    h01, h11 = t**2 * (3 - 2 * t), t**2 * (t - 1)
-    result: Float64Array = (
-        h00 * _ERF_VALUES[i] + h10 * _ERF_SLOPES[i] + h01 * _ERF_VALUES[i + 1] + h11 * _ERF_SLOPES[i + 1]
-    )
-    return result
 
 
 def _has_torch() -> bool:

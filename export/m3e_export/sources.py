@@ -57,8 +57,9 @@ def _download(repo_id: str, revision: str | None) -> LocalCheckpoint:
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
         if not (folder / "model.safetensors").exists():
-            # moka-ai/m3e-small has no safetensors; only then are the pickled weights worth their bytes.
-            huggingface_hub.hf_hub_download(repo_id, "pytorch_model.bin", revision=revision)
+            # moka-ai/m3e-small has no safetensors; only then are the pickled weights worth their bytes. By its commit:
+            # a branch may have moved since, and the file would come to lie beside another folder.
+            huggingface_hub.hf_hub_download(repo_id, "pytorch_model.bin", revision=folder.name)
     except Exception as error:  # the hub client raises its own, the HTTP client's and the system's errors
         wanted = f"{repo_id}@{revision}" if revision else repo_id
         raise CheckpointError(

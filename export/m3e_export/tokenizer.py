@@ -8,12 +8,14 @@ from typing import Any
 
 from m3e.errors import CheckpointError
 
-# tokenizer_config.json -> BertNormalizer. transformers' BertTokenizer lets the first overrule the second.
+# tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' BertTokenizer lets the first
+# overrule the second, its defaults included; other classes take tokenizer.json as it is.
 _NORMALIZER_OPTIONS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
+_BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", None)  # None: left open, and config.json says bert
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
@@ -32,11 +34,12 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    options = _read_options(folder / "tokenizer_config.json")
+    options, overrule = _read_options(folder / "tokenizer_config.json")
     if path.exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            _overrule_normalizer(content, options)
+            if overrule and (content.get("normalizer") or {}).get("type") == "BertNormalizer":
+                content["normalizer"].update(options)
             tokenizer = Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{str(path)!r} cannot be read as a tokenizer: {error}") from error
@@ -54,26 +57,24 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
     return str(tokenizer.to_str(pretty=False)).encode("utf-8")
 
 
-def _read_options(path: Path) -> dict[str, Any]:
+def _read_options(path: Path) -> tuple[dict[str, Any], bool]:
+    """The BertNormalizer's arguments, and whether they overrule a ``tokenizer.json``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in _NORMALIZER_OPTIONS if name in content}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        options = {ours: content.get(theirs, default) for theirs, (ours, default) in _NORMALIZER_OPTIONS.items()}
+        return options, content.get("tokenizer_class") in _BERT_CLASSES
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _overrule_normalizer(content: dict[str, Any], options: dict[str, Any]) -> None:
-    normalizer = content.get("normalizer") or {}
-    if normalizer.get("type") == "BertNormalizer":
-        normalizer.update({_NORMALIZER_OPTIONS[name]: value for name, value in options.items()})
 
 
 def _from_vocabulary(path: Path, options: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split("\n")) if token}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read as a vocabulary: {error}") from error
+    vocabulary = {token: i for i, token in enumerate(lines) if token}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
     if missing:
         raise CheckpointError(f"{str(path)!r} lacks {', '.join(missing)}: it is no BERT vocabulary")
@@ -81,11 +82,7 @@ def _from_vocabulary(path: Path, options: dict[str, Any]) -> Any:
     tokenizer.add_special_tokens(
         [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocabulary]
     )
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=options.get("do_lower_case", True),
-        strip_accents=options.get("strip_accents"),
-        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-    )
+    tokenizer.normalizer = normalizers.BertNormalizer(**options)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     tokenizer.decoder = decoders.WordPiece()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Float32Array], str]:
 def _read_safetensors(path: Path) -> dict[str, Float32Array]:
     import safetensors
 
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401 (gives numpy the bfloat16 that safetensors asks it for; onnx brings it)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)

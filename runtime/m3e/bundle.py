@@ -65,8 +65,10 @@ class Bundle:
             The bytes whose hash agreed with the manifest.
 
         Raises:
-            BundleError: Another size or hash than the manifest says, or not a regular file.
+            BundleError: Not in the manifest, another size or hash than it says, or not a regular file.
         """
+        if name not in self.manifest.files:
+            raise BundleError(f"{str(self.folder)!r} has no {name} among its manifest's files; {_REPAIR}")
         return self._read(name, self.manifest.files[name])
 
     def verify(self) -> None:
@@ -80,7 +82,11 @@ class Bundle:
 
     def _check_names(self) -> None:
         declared = {**self.manifest.files, MANIFEST_NAME: None}
-        present = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()}
+        present = {
+            path.relative_to(self.folder).as_posix()
+            for path in self.folder.rglob("*")
+            if path.is_symlink() or not path.is_dir()
+        }
         problems = [f"{name} is missing" for name in sorted(declared.keys() - present)]
         problems += [f"{name} is not in the manifest" for name in sorted(present - declared.keys())]
         problems += [f"graph {graph.file} is not among the files" for graph in self.manifest.graphs
@@ -95,10 +101,10 @@ class Bundle:
     def _read(self, name: str, expected: File | None) -> bytes:
         path = self.folder / name
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            file = open(path, "rb", opener=_open_descriptor)  # noqa: SIM115 (closed below)
         except OSError as error:
             raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; links are refused; {_REPAIR}") from error
-        with os.fdopen(descriptor, "rb") as file:
+        with file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise BundleError(f"{str(path)!r} is not a plain file of its own (a link, pipe or device); {_REPAIR}")
@@ -109,3 +115,8 @@ class Bundle:
         if expected is not None and hashlib.sha256(data).hexdigest() != expected.sha256:
             raise BundleError(f"{str(path)!r} is damaged: its sha256 is not the manifest's; {_REPAIR}")
         return data
+
+
+def _open_descriptor(path: str, flags: int) -> int:
+    """Open without following a link and without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))

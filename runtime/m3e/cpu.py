@@ -31,12 +31,12 @@ def _cgroup_quota(root: Path = _CGROUP, membership: Path = _SELF_CGROUP) -> floa
     Documentation/scheduler/sched-bwc.rst (``cpu.cfs_quota_us``, -1 for no limit; ``cpu.cfs_period_us``).
     """
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None  # not Linux, or /proc is not mounted
     quotas = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
             mount = root
         elif "cpu" in controllers.split(","):
@@ -58,5 +58,5 @@ def _quota_of(folder: Path) -> float | None:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None  # no such file here, or "max": no quota at this level

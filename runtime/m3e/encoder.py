@@ -68,7 +68,7 @@ class Encoder:
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
         self._graph = _choose(opened, precision, device)
-        self._num_threads = num_threads or available_threads()
+        self.num_threads = num_threads or available_threads()
         self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
         self._opening = threading.Lock()
         self._open(opened)
@@ -197,7 +197,7 @@ class Encoder:
         return self.manifest.model.embedding_dim
 
     def _open(self, bundle: Bundle) -> None:
-        self._session = Session(bundle.read(self._graph.file), num_threads=self._num_threads)
+        self._session = Session(bundle.read(self._graph.file), num_threads=self.num_threads)
         self._process = os.getpid()
 
     def _session_here(self) -> Session:
@@ -205,6 +205,7 @@ class Encoder:
         if self._process != os.getpid():
             with self._opening:
                 if self._process != os.getpid():
+                    self._session.abandon()
                     self._open(Bundle(self._folder))
         return self._session
 
@@ -262,7 +263,7 @@ class Encoder:
         return quantize_embeddings(embeddings, precision, ranges)
 
     def __repr__(self) -> str:
-        return f"Encoder({str(self._folder)!r}, precision={self.precision!r}, num_threads={self._num_threads})"
+        return f"Encoder({str(self._folder)!r}, precision={self.precision!r}, num_threads={self.num_threads})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self._folder, self._arguments)

@@ -66,6 +66,10 @@ class Session:
         vectors: Float32Array = result
         return vectors
 
+    def abandon(self) -> None:
+        """Never close this session: in a forked child its threads do not exist, and closing would wait for them."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+
 
 def pad(input_ids: list[list[int]]) -> dict[str, npt.NDArray[np.int64]]:
     """Lay lists of ids out as rectangles.

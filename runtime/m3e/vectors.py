@@ -35,7 +35,7 @@ def quantize_embeddings(
     """Store embeddings in fewer bits, with the formulas of sentence-transformers' ``quantize_embeddings``.
 
     The ranges are fixed by the caller, so a text gets the same bytes in every call. Values outside them are clipped
-    (sentence-transformers lets them wrap around).
+    (older sentence-transformers let them wrap around).
 
     Args:
         embeddings: float32 (n, dim).
@@ -60,7 +60,8 @@ def quantize_embeddings(
     if ranges is None or ranges.shape != (2, embeddings.shape[1]):
         got = "none" if ranges is None else f"shape {ranges.shape}"
         raise InputError(f"{precision} needs ranges of shape (2, {embeddings.shape[1]}), received {got}")
-    steps = np.maximum((ranges[1] - ranges[0]) / 255, np.float32(1e-12))
+    steps = (ranges[1] - ranges[0]) / 255
+    steps = np.where(steps == 0, np.float32(1), steps)  # a dimension that never changes
     levels: Float32Array = np.clip(np.floor((embeddings - ranges[0]) / steps), 0, 255)
     if precision == "uint8":
         return levels.astype(np.uint8)
@@ -91,10 +92,12 @@ def similarity(a: npt.ArrayLike, b: npt.ArrayLike, similarity_fn_name: str = "co
     if similarity_fn_name == "dot":
         return left @ right.T
     if similarity_fn_name == "euclidean":
-        return np.stack([-np.linalg.norm(right - row, axis=1) for row in left]).astype(np.float32)
-    if similarity_fn_name == "manhattan":
-        return np.stack([-np.abs(right - row).sum(axis=1) for row in left]).astype(np.float32)
-    raise InputError(f"unknown similarity {similarity_fn_name!r}, expected cosine, dot, euclidean or manhattan")
+        distances = [np.linalg.norm(right - row, axis=1) for row in left]
+    elif similarity_fn_name == "manhattan":
+        distances = [np.abs(right - row).sum(axis=1) for row in left]
+    else:
+        raise InputError(f"unknown similarity {similarity_fn_name!r}, expected cosine, dot, euclidean or manhattan")
+    return -np.array(distances, dtype=np.float32).reshape(len(left), len(right))
 
 
 def _rows(vectors: npt.ArrayLike) -> Float32Array:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, get_args
@@ -63,7 +64,9 @@ def _run(parsed: argparse.Namespace) -> None:
             binary: BinaryIO = (
                 sys.stdout.buffer if parsed.output == "-" else files.enter_context(Path(parsed.output).open("wb"))
             )
-            np.save(binary, embeddings)
+            # Through write alone: np.save asks a real file for its position, and a pipe has none.
+            writer: Any = types.SimpleNamespace(write=binary.write)
+            np.save(writer, embeddings)
         else:
             text_out: TextIO = (
                 sys.stdout

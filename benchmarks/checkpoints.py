@@ -102,5 +102,6 @@ def write_checkpoint(folder: Path, shape: str = "tiny", *, seed: int = 0, normal
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write JSON, making the parent folder if it is missing."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")

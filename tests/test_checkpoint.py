@@ -1,0 +1,289 @@
+"""Every kind of checkpoint that is read or refused, on folders with few words and two layers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import tokenizers
+import torch
+from benchmarks.checkpoints import random_tensors, vocabulary, write_json
+from transformers import AutoTokenizer, BertTokenizer
+
+from m3e import CheckpointError, DependencyError
+from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.pooling import read_pooling
+from m3e_export.sources import LocalCheckpoint
+from m3e_export.tokenizer import read_tokenizer
+from m3e_export.weights import read_weights
+
+WORDS = 300
+TENSORS: dict[str, Any] = {**random_tensors("tiny", vocab_size=WORDS)}
+QUERY, BIAS = "encoder.layer.1.attention.self.query.weight", "embeddings.LayerNorm.bias"
+CONFIG, MODULES, POOLING, PROMPTS, LENGTH, TOKENIZER = FILES = (
+    "config.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "tokenizer_config.json",
+)  # fmt: skip
+TEXTS = [
+    "", "[MASK] [CLS]x [mask]", "𠮷野家の牛丼 🍜 café CAFÉ 100％ ２０２４年", "a\u200bb\ufeff\x00c\td\ne", "x" * 101,
+    "ǅ İstanbul ß naïve e\u0301", "👩‍👩‍👧 한국어 日本語，Hello, world!!",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A small checkpoint to change; its name does not say M3E."""
+    folder = tmp_path / "bert"
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("model.safetensors", "vocab.txt"))
+    edit(folder, {CONFIG: {"vocab_size": WORDS}})
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()[:WORDS]), encoding="utf-8")
+    safetensors.numpy.save_file(TENSORS, folder / "model.safetensors")
+    return folder
+
+
+def edit(folder: Path, edits: dict[str, Any]) -> None:
+    """Remove a file (None), replace it (list) or set fields in it (dict), where `...` removes a field."""
+    for name, change in edits.items():
+        path = folder / name
+        if isinstance(change, dict):
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            change = {field: value for field, value in (before | change).items() if value is not ...}
+        path.unlink() if change is None else write_json(path, change)
+
+
+def load(folder: Path, **asked: Any) -> Checkpoint:
+    return load_checkpoint(LocalCheckpoint(folder, "some-org/bert", None), **asked)
+
+
+def modules(*kinds: str) -> dict[str, Any]:
+    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
+    return {MODULES: [{"path": path, "type": f"x.models.{kind}"} for path, kind in zip(paths, kinds, strict=True)]}
+
+
+def renamed(old: str, new: str) -> dict[str, Any]:
+    return {re.sub(old, new, name): tensor for name, tensor in TENSORS.items()}
+
+
+TENSORFLOW = {name.replace("Norm.bias", "Norm.beta"): t for name, t in renamed(r"Norm\.weight", "Norm.gamma").items()}
+HEADS = ("pooler.dense.weight", "bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        pytest.param(TENSORS, torch.float32, id="plain"),
+        pytest.param(renamed("^", "bert."), torch.float32, id="bert. prefix"),
+        pytest.param(TENSORFLOW, torch.float32, id="TensorFlow's names"),
+        pytest.param({**TENSORS, **{name: np.arange(3) for name in HEADS}}, torch.float32, id="heads"),
+        pytest.param(TENSORS, torch.float16, id="float16"),
+        pytest.param(TENSORS, torch.bfloat16, id="bfloat16"),
+    ],
+)
+def test_weights_are_read_as_float32(tmp_path: Path, file: str, given: dict[str, Any], dtype: torch.dtype) -> None:
+    save = safetensors.torch.save_file if file == "model.safetensors" else torch.save
+    save({name: torch.from_numpy(tensor).to(dtype) for name, tensor in given.items()}, tmp_path / file)
+    tensors, _ = read_weights(tmp_path)
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor, torch.from_numpy(TENSORS[name]).to(dtype).float().numpy())
+
+
+def test_bfloat16_is_read_before_anything_imports_onnx(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.tensor([1.5], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    code = f"import pathlib, sys; sys.path[:] = {sys.path!r}; from m3e_export.weights import read_weights"
+    code += f"; print(read_weights(pathlib.Path({str(tmp_path)!r}))[0]['a'], 'onnx' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[1.5] False\n"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (canary,)
+
+    canary, path = tmp_path / "canary", tmp_path / "pytorch_model.bin"
+    torch.save({"weight": Payload()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin' cannot be read as a PyTorch state dict"):
+        read_weights(tmp_path)
+    assert not canary.exists()
+    torch.load(path, weights_only=False)
+    assert canary.exists()  # the payload does work
+
+
+def test_pickled_weights_without_torch_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DependencyError, match=r'pip install "m3e-runtime\[torch\]"'):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        pytest.param({QUERY: None}, [f"{QUERY} is missing"], id="missing"),
+        pytest.param({QUERY: None, BIAS: None}, [f"{QUERY} is missing", f"{BIAS} is missing"], id="two missing"),
+        pytest.param(dict.fromkeys(TENSORS, None) | {"a": TENSORS[BIAS]}, ["and 30 more"], id="all missing"),
+        pytest.param({BIAS: TENSORS[QUERY]}, [f"{BIAS} has shape (64, 64), config.json says (64,)"], id="shape"),
+        pytest.param({BIAS: TENSORS[BIAS] * np.nan}, [f"{BIAS} has values that are not finite"], id="NaN"),
+        pytest.param({BIAS: TENSORS[BIAS] * np.inf}, [f"{BIAS} has values that are not finite"], id="infinity"),
+        pytest.param({"adapter.bias": TENSORS[BIAS]}, ["adapter.bias is unknown in a BERT encoder"], id="unknown"),
+    ],
+)
+def test_weights_that_do_not_fit(folder: Path, changes: dict[str, Any], problems: list[str]) -> None:
+    tensors = {name: tensor for name, tensor in (TENSORS | changes).items() if tensor is not None}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        load(folder)
+    assert [problem for problem in problems if problem not in str(caught.value)] == []
+
+
+NO_POOLING = {MODULES: None, POOLING: None}
+NO_KEY = {"pooling_mode_mean_tokens": ...}
+READ: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "legacy cls": ({POOLING: NO_KEY | {"pooling_mode_cls_token": True}}, {}, {"pooling": ("cls",)}),
+    "legacy mean": ({POOLING: {"pooling_mode_cls_token": False}}, {}, {"pooling": ("mean",)}),
+    "legacy, no key set": ({POOLING: NO_KEY}, {}, {"pooling": ("mean",)}),
+    "pooling by name": ({POOLING: {"pooling_mode": "cls"}}, {}, {"pooling": ("cls",), "normalize": False}),
+    "pooling list": ({POOLING: {"pooling_mode": ["cls"]}}, {}, {"pooling": ("cls",)}),
+    "pooling file alone": ({MODULES: None, POOLING: {"pooling_mode": "cls"}}, {}, {"pooling": ("cls",)}),
+    "M3E by origin": (NO_POOLING | {CONFIG: {"_name_or_path": "moka-ai/M3E-base"}}, {}, {"pooling": ("mean",)}),
+    "uniem mean": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "last_mean"}}, {}, {"pooling": ("mean",)}),
+    "uniem cls": (NO_POOLING | {CONFIG: {"uniem_embedding_strategy": "cls"}}, {}, {"pooling": ("cls",)}),
+    "Normalize": (modules("Transformer", "Pooling", "Normalize"), {}, {"normalize": True}),
+    "not normalised": (modules("Transformer", "Pooling", "Normalize"), {"normalize": False}, {"normalize": False}),
+    "normalised": ({}, {"normalize": True}, {"normalize": True}),
+    "length": ({LENGTH: {"max_seq_length": 128}, TOKENIZER: {"model_max_length": 64}}, {}, {"max_seq_length": 128}),
+    "length, tokenizer's": ({LENGTH: None, TOKENIZER: {"model_max_length": 256}}, {}, {"max_seq_length": 256}),
+    "length, positions": ({LENGTH: None, TOKENIZER: {"model_max_length": 1e30}}, {}, {"max_seq_length": 512}),
+    "length, null": ({LENGTH: None, TOKENIZER: {"model_max_length": None}}, {}, {"max_seq_length": 512}),
+    "length, nowhere": ({LENGTH: None, TOKENIZER: None}, {}, {"max_seq_length": 512}),
+    "length, shortest": ({LENGTH: {"max_seq_length": 1024}}, {"max_seq_length": 3}, {"max_seq_length": 3}),
+    "length, longest": ({LENGTH: {"max_seq_length": 128}}, {"max_seq_length": 512}, {"max_seq_length": 512}),
+    "prompts": ({PROMPTS: {"prompts": {"q": "q: "}, "default_prompt_name": "q", "similarity_fn_name": "dot"}}, {},
+                {"prompts": {"q": "q: "}, "default_prompt_name": "q", "similarity_fn_name": "dot"}),
+    "prompts, null": ({PROMPTS: {"prompts": None}}, {}, {"prompts": {}, "similarity_fn_name": "cosine"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "asked", "expected"), READ.values(), ids=READ.keys())
+def test_what_is_read(folder: Path, edits: dict[str, Any], asked: dict[str, Any], expected: dict[str, Any]) -> None:
+    edit(folder, edits)
+    found = load(folder, **asked)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "model_type": ({CONFIG: {"model_type": "roberta"}}, "model_type is 'roberta'"),
+    "no model_type": ({CONFIG: {"model_type": ...}}, "model_type is None"),
+    "code of its own": ({CONFIG: {"auto_map": {"AutoModel": "evil.Model"}}}, "needs code of its own"),
+    "relative positions": ({CONFIG: {"position_embedding_type": "relative_key"}}, "is 'relative_key'"),
+    "decoder": ({CONFIG: {"is_decoder": True}}, "is_decoder is True"),
+    "activation": ({CONFIG: {"hidden_act": "relu"}}, "hidden_act is 'relu', supported are gelu"),
+    "heads": ({CONFIG: {"num_attention_heads": 5}}, "hidden_size 64 is no multiple of num_attention_heads"),
+    "no layers": ({CONFIG: {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
+    "mistyped": ({CONFIG: {"vocab_size": "300"}}, "vocab_size is '300', expected a positive int"),
+    "two problems": ({CONFIG: {"hidden_size": ..., "hidden_act": "relu"}}, "'relu'.*; hidden_size is None"),
+    "no config": ({CONFIG: None}, "is no checkpoint: it has no config.json"),
+    "no weights": ({"model.safetensors": None}, "has no weights: .*found 1_Pooling, config.json"),
+    "legacy, two": ({POOLING: {"pooling_mode_cls_token": True}}, r"pooling cls \+ mean; supported is one of"),
+    "legacy last token": ({POOLING: NO_KEY | {"pooling_mode_lasttoken": True}}, "pooling lasttoken"),
+    "max pooling": ({POOLING: {"pooling_mode": "max"}}, "pooling max"),
+    "pooling list of two": ({POOLING: {"pooling_mode": ["mean", "cls"]}}, r"pooling mean \+ cls"),
+    "pooling number": ({POOLING: {"pooling_mode": 5}}, "1_Pooling/config.json' cannot be read"),
+    "pooling file missing": ({POOLING: None}, "1_Pooling/config.json' cannot be read"),
+    "prompt not pooled": ({POOLING: {"include_prompt": False}}, "leaves the prompt out of the pooling"),
+    "no pooling": (NO_POOLING, "does not say how its tokens are pooled"),
+    "uniem's other": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "first_last_mean"}}, "'first_last_mean'"),
+    "Dense": (modules("Transformer", "Pooling", "Dense"), "has the modules Transformer, Pooling, Dense"),
+    "order": (modules("Transformer", "Normalize", "Pooling"), "has the modules Transformer, Normalize"),
+    "subfolder": ({MODULES: [{"path": "0_T", "type": "a.Transformer"}, {"path": "1", "type": "a.Pooling"}]}, "'0_T'"),
+    "length": ({LENGTH: {"max_seq_length": 513}}, "max_seq_length is 513, expected 3 to 512"),
+    "length, too short": ({LENGTH: {"max_seq_length": 2}}, "max_seq_length is 2, expected 3 to 512"),
+    "length, mistyped": ({LENGTH: {"max_seq_length": "128"}}, "max_seq_length is '128', expected 3 to 512"),
+    "prompts mistyped": ({PROMPTS: {"prompts": ["query"]}}, "expected an object of strings"),
+    "prompt mistyped": ({PROMPTS: {"prompts": {"query": 5}}}, "expected an object of strings"),
+    "default prompt": ({PROMPTS: {"prompts": {"q": ""}, "default_prompt_name": "p"}}, "is 'p', its prompts are q"),
+    "no tokenizer": ({"vocab.txt": None}, "has no tokenizer: expected tokenizer.json or vocab.txt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_refused(folder: Path, edits: dict[str, Any], message: str) -> None:
+    edit(folder, edits)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [2, 513])
+def test_an_impossible_length_is_refused(folder: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match=f"max_seq_length is {length}, expected 3 to 512"):
+        load(folder, max_seq_length=length)
+
+
+def test_m3e_by_name_has_mean_pooling(tmp_path: Path) -> None:
+    assert read_pooling(tmp_path, {}, "moka-ai/M3E-base") == (("mean",), False)
+
+
+def test_fields_that_old_configs_lack_have_berts_defaults(folder: Path) -> None:
+    edit(folder, {CONFIG: {"hidden_act": ..., "layer_norm_eps": ..., "type_vocab_size": ...}})
+    config = load(folder).config
+    assert (config.hidden_act, config.layer_norm_eps, config.type_vocab_size) == ("gelu", 1e-12, 2)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b'{"a": "\xff"}', b"[1]"], ids=["cut", "not UTF-8", "a list"])
+@pytest.mark.parametrize("file", [*FILES, "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_file_is_named(folder: Path, file: str, content: bytes) -> None:
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(folder / file))):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["vocab.txt", "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("lower_case", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_lower_case": False}, {"do_lower_case": False, "strip_accents": True}, {"strip_accents": False},
+     {"tokenize_chinese_chars": False}],
+    ids=str,
+)  # fmt: skip
+def test_ids_are_transformers_ids(
+    tiny_checkpoint: Path, tmp_path: Path, kind: str, lower_case: bool, options: dict[str, Any]
+) -> None:
+    """From vocab.txt alone, and from a tokenizer.json (lower-casing or not) that the options overrule, or do not."""
+    for file in ("config.json", "vocab.txt"):
+        shutil.copyfile(tiny_checkpoint / file, tmp_path / file)
+    if kind == "vocab.txt":
+        write_json(tmp_path / TOKENIZER, {"do_lower_case": lower_case, **options})
+        reference = BertTokenizer.from_pretrained(tmp_path)
+    else:
+        write_json(tmp_path / TOKENIZER, {"do_lower_case": lower_case})
+        (tmp_path / "tokenizer.json").write_bytes(read_tokenizer(tmp_path, 21128))
+        write_json(tmp_path / TOKENIZER, {"tokenizer_class": kind, **options})
+        reference = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_str(read_tokenizer(tmp_path, 21128).decode())
+    assert [tokenizer.encode(text).ids for text in TEXTS] == [reference(text).input_ids for text in TEXTS]
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+def test_ids_beyond_the_embeddings_are_refused(folder: Path, file: str) -> None:
+    tokenizer = tokenizers.Tokenizer.from_str(read_tokenizer(folder, WORDS).decode())
+    if file == "tokenizer.json":
+        assert tokenizer.add_tokens(["one more"]) == 1
+        tokenizer.save(str(folder / file))
+    else:
+        (folder / file).write_text("\n".join(vocabulary()[: WORDS + 1]), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="has ids up to 300, the model has 300 word embeddings"):
+        load(folder)
