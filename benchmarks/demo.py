@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,9 +60,10 @@ def _run(parsed: argparse.Namespace) -> None:
     encoder.encode(texts)
     seconds = time.perf_counter() - start
     tokens = int(encoder.count_tokens(texts).sum())
+    command = os.path.relpath(Path(sys.executable).with_name("m3e"))
     print(
         f"\n{len(texts) / seconds:,.0f} sentences/s ({tokens / len(texts):.0f} tokens each, {encoder.precision} "
-        f"on {encoder.num_threads} threads)\nThe bundle: {bundle}   Next: m3e encode {bundle} 'a sentence'"
+        f"on {encoder.num_threads} threads)\nThe bundle: {bundle}   Next: {command} encode {bundle} 'a sentence'"
     )
 
 

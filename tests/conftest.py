@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from benchmarks.checkpoints import write_checkpoint
 
+from benchmarks.checkpoints import write_checkpoint
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus

@@ -16,13 +16,13 @@ import safetensors.numpy
 import safetensors.torch
 import tokenizers
 import torch
-from benchmarks.checkpoints import random_tensors, vocabulary, write_json
 from transformers import AutoTokenizer, BertTokenizer
 
+from benchmarks.checkpoints import random_tensors, vocabulary, write_json
 from m3e import CheckpointError, DependencyError
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.pooling import read_pooling
-from m3e_export.sources import LocalCheckpoint
+from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.tokenizer import read_tokenizer
 from m3e_export.weights import read_weights
 
@@ -287,3 +287,13 @@ def test_ids_beyond_the_embeddings_are_refused(folder: Path, file: str) -> None:
         (folder / file).write_text("\n".join(vocabulary()[: WORDS + 1]), encoding="utf-8")
     with pytest.raises(CheckpointError, match="has ids up to 300, the model has 300 word embeddings"):
         load(folder)
+
+
+def test_lowercasing_that_the_tokenizer_does_not_do_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m3e-cased"
+    shutil.copytree(tiny_checkpoint, folder)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False})
+    load_checkpoint(fetch_checkpoint(str(folder)))
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": True})
+    with pytest.raises(CheckpointError, match="asks for do_lower_case and the tokenizer keeps case"):
+        load_checkpoint(fetch_checkpoint(str(folder)))

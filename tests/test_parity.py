@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.checkpoints import write_checkpoint
 
+from benchmarks.checkpoints import write_checkpoint
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from tests.datasets import stsb_sentences

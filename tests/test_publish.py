@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.checkpoints import write_json
 
+from benchmarks.checkpoints import write_json
 from m3e import CertificateError, Encoder, ExportError
 from m3e.bundle import Bundle
 from m3e_export import certify, pipeline, publish

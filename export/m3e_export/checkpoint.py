@@ -90,6 +90,8 @@ def load_checkpoint(
     config = _read_config(raw_config, folder)
     pooling, has_normalize = read_pooling(folder, raw_config, source.id)
     own = read_json(folder / "config_sentence_transformers.json", default={})
+    tokenizer_json = read_tokenizer(folder, config.vocab_size)
+    _check_lowercase(folder, tokenizer_json)
     prompts, default_prompt_name = _read_prompts(own, folder)
     tensors, weights_sha256 = read_weights(folder)
     _check_tensors(config, tensors, folder)
@@ -100,7 +102,7 @@ def load_checkpoint(
         config=config,
         tensors=tensors,
         weights_sha256=weights_sha256,
-        tokenizer_json=read_tokenizer(folder, config.vocab_size),
+        tokenizer_json=tokenizer_json,
         pooling=pooling,
         normalize=has_normalize if normalize is None else normalize,
         max_seq_length=_max_seq_length(folder, config, max_seq_length),
@@ -166,6 +168,17 @@ def _read_prompts(own: dict[str, Any], folder: Path) -> tuple[dict[str, str], st
         available = ", ".join(prompts) or "none"
         raise CheckpointError(f"the default prompt of {str(folder)!r} is {default!r}, its prompts are {available}")
     return prompts, default
+
+
+def _check_lowercase(folder: Path, tokenizer_json: bytes) -> None:
+    """Refuse what sentence-transformers would lowercase before a tokenizer that does not."""
+    asked = read_json(folder / "sentence_bert_config.json", default={}).get("do_lower_case")
+    normalizer = json.loads(tokenizer_json).get("normalizer") or {}
+    if asked and not normalizer.get("lowercase"):
+        raise CheckpointError(
+            f"sentence_bert_config.json of {str(folder)!r} asks for do_lower_case and the tokenizer keeps case; set "
+            "do_lower_case in tokenizer_config.json instead"
+        )
 
 
 def _max_seq_length(folder: Path, config: BertConfig, asked: int | None) -> int:

@@ -75,7 +75,8 @@ def staged(target: Path, needed_bytes: int) -> Iterator[Path]:
         yield staging
         _sync(staging)
         _move_into_place(staging, target.absolute())
-        _sync_one(parent)
+        with contextlib.suppress(OSError):  # published; a file system that cannot sync a folder is no failure
+            _sync_one(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(
@@ -134,7 +135,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
     elif _exchange(staging, target):
-        shutil.rmtree(staging)  # now the older bundle
+        shutil.rmtree(staging, ignore_errors=True)  # now the older bundle
     else:  # no exchange on this system: for a moment there is no target
         older = staging.with_name(f"{staging.name}-older")
         target.rename(older)
@@ -143,7 +144,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
         except OSError:
             older.rename(target)
             raise
-        shutil.rmtree(older)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
