@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3e.plan import plan_batches
+from m3e.plan import attention_length, plan_batches
 
 lengths = st.lists(st.integers(0, 600), max_size=200)
 token_bounds = st.integers(1, 2048)
@@ -17,6 +17,10 @@ size_bounds = st.none() | st.integers(1, 64)
 def plan(n_tokens: list[int], max_batch_tokens: int, max_batch_size: int | None = None) -> list[list[int]]:
     batches = plan_batches(np.array(n_tokens, dtype=np.int64), max_batch_tokens, max_batch_size)
     return [batch.tolist() for batch in batches]
+
+
+def width(n_tokens: list[int], batch: list[int]) -> int:
+    return int(attention_length(np.array([n_tokens[index] for index in batch])).max())
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
@@ -29,23 +33,24 @@ def test_every_index_exactly_once(n_tokens: list[int], max_tokens: int, max_size
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
 def test_budgets_are_respected(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
     for batch in plan(n_tokens, max_tokens, max_size):
-        padded = len(batch) * max(n_tokens[index] for index in batch)
+        assert len({width(n_tokens, [index]) for index in batch}) == 1
+        padded = len(batch) * width(n_tokens, batch)
         assert padded <= max_tokens or len(batch) == 1
         assert max_size is None or len(batch) <= max_size
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
 def test_a_batch_is_as_full_as_the_budgets_allow(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
-    for batch in plan(n_tokens, max_tokens, max_size)[:-1]:
-        longest = max(1, *(n_tokens[index] for index in batch))
-        padded_with_one_more = (len(batch) + 1) * longest
-        assert padded_with_one_more > max_tokens or len(batch) == max_size
+    widths = [width(n_tokens, batch) for batch in plan(n_tokens, max_tokens, max_size)]
+    for batch, own, following in zip(plan(n_tokens, max_tokens, max_size), widths, widths[1:], strict=False):
+        full = (len(batch) + 1) * own > max_tokens or len(batch) == max_size
+        assert full or following < own  # or nothing of its width was left
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
-def test_longest_first_and_equal_ones_in_order(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
+def test_widest_first_and_one_width_in_order(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
     order = [index for batch in plan(n_tokens, max_tokens, max_size) for index in batch]
-    assert order == sorted(range(len(n_tokens)), key=lambda index: (-n_tokens[index], index))
+    assert order == sorted(range(len(n_tokens)), key=lambda index: (-width(n_tokens, [index]), index))
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
@@ -65,8 +70,8 @@ def test_no_texts_no_batches() -> None:
         pytest.param([512, 600, 3], 512, None, [[1], [0], [2]], id="longer than the budget runs alone"),
         pytest.param([4, 4, 4, 4], 8, None, [[0, 1], [2, 3]], id="exactly the budget"),
         pytest.param([4, 4, 4, 4], 1024, 3, [[0, 1, 2], [3]], id="bounded by the rows"),
-        pytest.param([1, 9, 5], 10, None, [[1], [2, 0]], id="sorted"),
-        pytest.param([0, 0], 1, None, [[0], [1]], id="no tokens count as one"),
+        pytest.param([1, 9, 5, 8, 65, 66], 1024, None, [[5], [4], [1], [2, 3], [0]], id="one width a batch"),
+        pytest.param([0, 1], 1024, None, [[0, 1]], id="no tokens count as one"),
     ],
 )
 def test_plans(n_tokens: list[int], max_tokens: int, max_size: int | None, expected: list[list[int]]) -> None:

@@ -14,6 +14,7 @@ from m3e.errors import DependencyError
 _EXAMPLES = """\
 examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
+  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --precision fp32 int8
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
 """
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     parser.add_argument(
-        "--precision", nargs="+", choices=["fp32"], default=["fp32"], help="graphs to make (default: fp32)"
+        "--precision", nargs="+", choices=["fp32", "int8"], default=["fp32"], help="graphs to make (default: fp32)"
     )
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
@@ -40,6 +41,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction,
                         help="unit length inside the graph, or not (default: as the checkpoint)")  # fmt: skip
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 file of texts to calibrate int8 on, one a line (default: those that come along)",
+    )
+    parser.add_argument(
+        "--accept-accuracy",
+        action="store_true",
+        help="publish an int8 graph that loses more than allowed, and record that",
+    )
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
     parser.set_defaults(run=_run)
     return run_guarded(parser.parse_args(arguments))
@@ -62,6 +74,8 @@ def _run(parsed: argparse.Namespace) -> None:
         with_token_embeddings=parsed.with_token_embeddings,
         revision=parsed.revision,
         force=parsed.force,
+        calibration=parsed.calibration,
+        accept_accuracy=parsed.accept_accuracy,
         report=lambda step: print(step, file=sys.stderr),
     )
     for graph in manifest.graphs:

@@ -170,8 +170,14 @@ def _pool(builder: GraphBuilder, checkpoint: Checkpoint, hidden: str, packing: P
 
 
 def _mean(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
-    """Mean over the real tokens; a text without any gives zeros (sentence-transformers: modules/pooling.py)."""
-    total = builder.op("ReduceSum", _masked_cells(builder, hidden, packing), builder.int64(1), keepdims=0)
+    """Mean over the real tokens; a text without any gives zeros (sentence-transformers: modules/pooling.py).
+
+    The sum is a product with the mask, text by text: onnxruntime's ReduceSum adds in another order for one text than
+    for many.
+    """
+    cells = builder.op("Gather", hidden, packing.cell_index)
+    mask = builder.op("Unsqueeze", builder.op("Cast", packing.mask, to=onnx.TensorProto.FLOAT), builder.int64(1))
+    total = builder.op("Squeeze", builder.op("MatMul", mask, cells), builder.int64(1))
     length = builder.op("Cast", builder.op("ReduceSum", "attention_mask", builder.int64(1), keepdims=1),
                         to=onnx.TensorProto.FLOAT)  # fmt: skip
     return builder.op("Div", total, builder.op("Max", length, builder.const("one_float", 1, np.float32)))

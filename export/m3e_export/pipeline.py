@@ -8,13 +8,15 @@ import importlib.metadata
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from m3e import manifest as manifest_format
 from m3e.encoder import Encoder, TruncationWarning
+from m3e.errors import ExportError
 from m3e.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -29,16 +31,20 @@ from m3e.manifest import (
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
+from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.graph import build_graph
+from m3e_export.int8 import Int8Weights
 from m3e_export.publish import check_target, staged
+from m3e_export.quantize import quantize
 from m3e_export.sources import fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
+_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
 # Another processor adds the same products in another order; far below this, far above that.
-_CANARY_TOLERANCE = {"fp32": 1e-5}
+_CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 2e-3}
 # Files for the other tools that read this layout; copied as they are.
 _COPIED = (
     "config.json",
@@ -53,12 +59,14 @@ def convert(
     checkpoint: str,
     target: Path,
     *,
-    precisions: Sequence[str] = PRECISIONS,
+    precisions: Sequence[str] = ("fp32",),
     max_seq_length: int | None = None,
     normalize: bool | None = None,
     with_token_embeddings: bool = False,
     revision: str | None = None,
     force: bool = False,
+    calibration: Path | None = None,
+    accept_accuracy: bool = False,
     report: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Convert a checkpoint into a bundle.
@@ -72,6 +80,8 @@ def convert(
         with_token_embeddings: Also output ``last_hidden_state``.
         revision: Branch, tag or commit on the hub.
         force: Replace a bundle that is there already.
+        calibration: UTF-8 file with a text a line to calibrate int8 on; None for the corpus that comes along.
+        accept_accuracy: Publish an int8 graph that is beyond its tolerance, and record that.
         report: Called with a line of text at each step.
 
     Returns:
@@ -88,12 +98,16 @@ def convert(
     with staged(target, int(1.1 * weights_bytes) + (8 << 20)) as folder:
         _write_layout(loaded, folder)
         graphs = []
-        for precision in precisions:
-            report(f"building the {precision} graph ({weights_bytes / 1e6:.0f} MB)")
-            graphs.append(_write_graph(loaded, folder, precision, with_token_embeddings))
+        for precision in dict.fromkeys(precisions):
+            sites = {}
+            if precision == "int8":
+                texts = None if calibration is None else _read_texts(calibration)
+                sites = quantize(loaded, texts, report=report)
+            report(f"building the {precision} graph")
+            graphs.append(_write_graph(loaded, folder, precision, sites, with_token_embeddings))
         manifest = _describe(loaded, folder, graphs)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
-        manifest = _certify(manifest, loaded, folder, report)
+        manifest = _certify(manifest, loaded, folder, accept_accuracy, report)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
         Encoder(folder)  # the last look is the user's first
         report(f"publishing {target}")
@@ -120,10 +134,13 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
-def _write_graph(checkpoint: Checkpoint, folder: Path, precision: str, with_token_embeddings: bool) -> Graph:
-    model = build_graph(checkpoint, with_token_embeddings=with_token_embeddings)
+def _write_graph(
+    checkpoint: Checkpoint, folder: Path, precision: str, sites: Mapping[str, Int8Site], with_token_embeddings: bool
+) -> Graph:
+    weights = Int8Weights(checkpoint, sites) if precision == "int8" else None
+    model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
     data = model.SerializeToString(deterministic=True)
-    file = "onnx/model.onnx"
+    file = _FILES[precision]
     _write(folder / file, data)
     session = Session(data, num_threads=1)
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
@@ -137,7 +154,11 @@ def _write_graph(checkpoint: Checkpoint, folder: Path, precision: str, with_toke
         ops=_op_types(model),
         outputs=tuple(output.name for output in model.graph.output),
         batch_invariant=True,
-        cpu_features=(),
+        cpu_features=("vnni",) if precision == "int8" else (),
+        int8_sites={
+            name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
+            for name, site in sites.items()
+        },
         certificate=None,
         golden_embeddings=encode_array(golden),
         canary_tolerance=_CANARY_TOLERANCE[precision],
@@ -183,14 +204,18 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
     )
 
 
-def _certify(manifest: Manifest, checkpoint: Checkpoint, folder: Path, report: Callable[[str], None]) -> Manifest:
+def _certify(
+    manifest: Manifest, checkpoint: Checkpoint, folder: Path, accept_accuracy: bool, report: Callable[[str], None]
+) -> Manifest:
     """Compare each graph with the reference, and measure the ranges of the first one's vectors."""
     graphs = []
     ranges: tuple[str, str] | None = None
     for graph in manifest.graphs:
         encoder = Encoder(folder, precision=graph.precision)
         report(f"certifying {graph.precision}")
-        graphs.append(dataclasses.replace(graph, certificate=certify(encoder, checkpoint)))
+        graphs.append(
+            dataclasses.replace(graph, certificate=certify(encoder, checkpoint, accept_accuracy=accept_accuracy))
+        )
         if ranges is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TruncationWarning)  # a short max_seq_length is meant
@@ -224,6 +249,16 @@ def _op_types(model: onnx.ModelProto) -> tuple[str, ...]:
 def _fingerprint(path: Path) -> File:
     with path.open("rb") as file:
         return File(size_bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the calibration file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    if len(texts) < 100:
+        raise ExportError(f"the calibration file {str(path)!r} has {len(texts)} texts, expected at least 100 lines")
+    return texts
 
 
 def _write(path: Path, data: bytes) -> None:

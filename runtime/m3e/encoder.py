@@ -18,7 +18,7 @@ from m3e.canary import check_canary
 from m3e.cpu import available_threads
 from m3e.errors import InputError
 from m3e.manifest import Graph, decode_array
-from m3e.plan import plan_batches
+from m3e.plan import attention_length, plan_batches
 from m3e.progress import progress_bar
 from m3e.session import Session, pad
 from m3e.tokenizer import TokenIds, Tokenizer, check_texts
@@ -122,7 +122,8 @@ class Encoder:
         embeddings = np.empty((len(texts), self.manifest.model.embedding_dim), dtype=np.float32)
         with progress_bar(len(texts), "text", show_progress_bar) as progress:
             for rows in plan_batches(tokens.n_tokens, _MAX_BATCH_TOKENS, batch_size):
-                embeddings[rows] = self._session_here().run([tokens.input_ids[row] for row in rows])
+                width = int(attention_length(tokens.n_tokens[rows]).max())
+                embeddings[rows] = self._session_here().run([tokens.input_ids[row] for row in rows], width)
                 progress.update(len(rows))
         finished = self._finish(embeddings, precision, normalize_embeddings, truncate_dim)
         return finished[0] if single else finished

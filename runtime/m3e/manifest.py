@@ -57,7 +57,9 @@ class Source:
 class Certificate:
     """How far a graph, run through the runtime, is from its reference on the certificate's texts.
 
-    Differences are between unit vectors; the norm's difference is relative to the reference's norm.
+    Differences are between unit vectors; the norm's difference is relative to the reference's norm. ``tolerance``
+    bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of an int8 one; ``accepted`` is true where a user
+    took a worse graph with ``--accept-accuracy``.
     """
 
     reference: str
@@ -69,6 +71,15 @@ class Certificate:
     max_abs_difference: float
     max_norm_difference: float
     tolerance: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Site:
+    """How one input of linear layers was quantised: its smoothing, and what rounding adds relative to the output."""
+
+    alpha: float
+    relative_error: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +88,7 @@ class Graph:
 
     ``golden_embeddings`` is base64 of little-endian float32 (golden texts, embedding_dim);
     ``canary_tolerance`` bounds the largest difference between unit vectors when they are computed again.
+    ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32.
     ``certificate`` is None only while the exporter is at work.
     """
 
@@ -89,6 +101,7 @@ class Graph:
     outputs: tuple[str, ...]
     batch_invariant: bool
     cpu_features: tuple[str, ...]
+    int8_sites: dict[str, Int8Site]
     certificate: Certificate | None
     golden_embeddings: str
     canary_tolerance: float

@@ -44,11 +44,14 @@ class Session:
         self._session._model_bytes = None
         _return_freed_memory()
 
-    def run(self, input_ids: list[list[int]], output: str = "sentence_embedding") -> Float32Array:
+    def run(
+        self, input_ids: list[list[int]], seq_len: int | None = None, output: str = "sentence_embedding"
+    ) -> Float32Array:
         """Run one batch.
 
         Args:
             input_ids: Token ids of each text, special tokens included.
+            seq_len: Width to pad to; None for the longest text.
             output: Name of the graph's output.
 
         Returns:
@@ -58,7 +61,7 @@ class Session:
             InferenceError: onnxruntime failed, or gave a value that is not finite.
         """
         try:
-            (result,) = self._session.run([output], pad(input_ids))
+            (result,) = self._session.run([output], pad(input_ids, seq_len))
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
         if not np.isfinite(result).all():
@@ -71,17 +74,18 @@ class Session:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
 
 
-def pad(input_ids: list[list[int]]) -> dict[str, npt.NDArray[np.int64]]:
+def pad(input_ids: list[list[int]], seq_len: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
     """Lay lists of ids out as rectangles.
 
     Args:
         input_ids: Token ids of each text.
+        seq_len: Width, at least the longest text's; None for just that.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 (batch, seq_len). Pads carry id 0, whatever the vocabulary calls
         it: the graph never looks at them.
     """
-    seq_len = max(map(len, input_ids))
+    seq_len = seq_len or max(map(len, input_ids))
     ids = np.zeros((len(input_ids), seq_len), dtype=np.int64)
     mask = np.zeros((len(input_ids), seq_len), dtype=np.int64)
     for row, row_ids in enumerate(input_ids):

@@ -24,8 +24,10 @@ def normalize(embeddings: Float32Array) -> Float32Array:
     Returns:
         float32 (n, dim), a new array.
     """
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit: Float32Array = embeddings / np.maximum(norms, np.float32(1e-12))
+    # Row by row: numpy's reduction over an array adds in an order that depends on how many rows there are.
+    squares = np.array([row @ row for row in embeddings], dtype=np.float32)
+    norms = np.maximum(np.sqrt(squares), np.float32(1e-12))
+    unit: Float32Array = embeddings / norms[:, np.newaxis]
     return unit
 
 
