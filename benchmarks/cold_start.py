@@ -82,7 +82,7 @@ def main() -> None:
         for shape in parsed.shapes:
             checkpoint = write_checkpoint(Path(folder) / f"m3e-{shape}", shape)
             print(f"converting the m3e-{shape} shape", file=sys.stderr)
-            manifest = convert(str(checkpoint), Path(folder) / "bundles" / shape)
+            manifest = convert(str(checkpoint), Path(folder) / "bundles" / shape, precisions=("fp32", "int8"))
             for graph in manifest.graphs:
                 samples = measure(Path(folder) / "bundles" / shape, graph.precision, parsed.runs)
                 file_mb = manifest.files[graph.file].size_bytes / 1e6

@@ -27,8 +27,7 @@ def normalize(embeddings: Float32Array) -> Float32Array:
     # Row by row: numpy's reduction over an array adds in an order that depends on how many rows there are.
     squares = np.array([row @ row for row in embeddings], dtype=np.float32)
     norms = np.maximum(np.sqrt(squares), np.float32(1e-12))
-    unit: Float32Array = embeddings / norms[:, np.newaxis]
-    return unit
+    return np.divide(embeddings, norms[:, np.newaxis], dtype=np.float32)
 
 
 def quantize_embeddings(
