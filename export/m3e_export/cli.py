@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(parsed: argparse.Namespace) -> None:
     try:
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import safetensors  # noqa: F401
     except ImportError as error:
         raise DependencyError(f'converting needs {error.name}: pip install "m3e-runtime[cpu,export]"') from error

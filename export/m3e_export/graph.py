@@ -4,7 +4,7 @@ Everything but attention works on the T real tokens of a batch, laid end to end 
 the tokens are gathered into the padded rectangle (batch, seq_len, hidden) and back. Where a row has pads, the
 gather repeats a real token; the mask keeps it out of attention and of pooling.
 
-Choices that a measurement made (seconds in the README's design notes): Add + LayerNormalization rather than
+Choices that measurements on CPUs made: Add + LayerNormalization rather than
 SkipLayerNormalization, Gemm with bias + Gelu rather than BiasGelu, MultiHeadAttention on unpacked Q, K and V.
 """
 
