@@ -75,6 +75,7 @@ def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["small", "base"], choices=["small", "base", "large"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"], choices=["fp32", "int8"])
     parser.add_argument("--runs", type=int, default=9)
     parsed = parser.parse_args()
     rows = []
@@ -82,7 +83,7 @@ def main() -> None:
         for shape in parsed.shapes:
             checkpoint = write_checkpoint(Path(folder) / f"m3e-{shape}", shape)
             print(f"converting the m3e-{shape} shape", file=sys.stderr)
-            manifest = convert(str(checkpoint), Path(folder) / "bundles" / shape, precisions=("fp32", "int8"))
+            manifest = convert(str(checkpoint), Path(folder) / "bundles" / shape, precisions=parsed.precisions)
             for graph in manifest.graphs:
                 samples = measure(Path(folder) / "bundles" / shape, graph.precision, parsed.runs)
                 file_mb = manifest.files[graph.file].size_bytes / 1e6
