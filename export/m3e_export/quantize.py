@@ -18,7 +18,7 @@ from m3e_export.texts import corpus
 LADDER: tuple[tuple[str, ...], ...] = ((), ("output",))
 # Mean and lowest cosine over the calibration texts at which the next rung is not tried.
 GOOD_MEAN, GOOD_MIN = 0.9985, 0.99
-# Tokens to calibrate on; more changed no figure by more than its noise.
+# Tokens to calibrate on, and the longest piece of a text: they bound time and memory.
 _TOKENS = 24_000
 _LONGEST = 128
 
@@ -64,9 +64,8 @@ def quantize(
 def calibration_ids(checkpoint: Checkpoint, texts: Sequence[str] | None) -> list[list[int]]:
     """Token ids of as many texts as the budget takes, both languages in turn, long texts cut."""
     if texts is None:
-        pairs = zip(
-            _spread(corpus("zh")), _spread(corpus("en")), strict=False
-        )  # the budget is spent before either ends
+        # Not strict: the budget is spent before either language ends.
+        pairs = zip(_spread(corpus("zh")), _spread(corpus("en")), strict=False)
         texts = [text for pair in pairs for text in pair]
     tokens = Tokenizer(checkpoint.tokenizer_json, min(_LONGEST, checkpoint.max_seq_length))(texts)
     return tokens.input_ids[: int(np.searchsorted(np.cumsum(tokens.n_tokens), _TOKENS)) + 1]

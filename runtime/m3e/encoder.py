@@ -24,7 +24,7 @@ from m3e.session import Session, pad
 from m3e.tokenizer import TokenIds, Tokenizer, check_texts
 from m3e.vectors import EmbeddingPrecision, Float32Array, normalize, quantize_embeddings, similarity
 
-# Activations of this many tokens stay in a core's cache; twice as many were no faster on any shape measured.
+# Bounds the memory of a batch; half as many tokens were no faster.
 _MAX_BATCH_TOKENS = 1024
 
 
