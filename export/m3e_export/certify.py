@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ from m3e.errors import CertificateError
 from m3e.manifest import Certificate
 from m3e.progress import progress_bar
 from m3e.tokenizer import Tokenizer
+from m3e.vectors import normalize as unit_rows
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.evaluate import Pair, evaluate, reference_vectors
 from m3e_export.reference import reference_embeddings, reference_name
 from m3e_export.texts import certificate_texts
 
@@ -21,14 +24,52 @@ from m3e_export.texts import certificate_texts
 # implementations of 4 to 24 layers were 6e-8 to 3e-7 apart on every shape measured.
 # For int8, how far the worst text may turn: 1 - cosine.
 TOLERANCE = {"fp32": 5e-6, "int8": 0.03}
+# On labelled pairs: what Spearman's correlation may lose, and the share of neighbours that must stay.
+_SPEARMAN_LOSS = 0.005
+_TOP10_OVERLAP = 0.9
+# Texts that are embedded once more, each alone.
+_ALONE = 40
+_BATCH_TOLERANCE = 1e-6
 
 
-def certify(encoder: Encoder, checkpoint: Checkpoint, *, accept_accuracy: bool = False) -> Certificate:
-    """Embed the certificate's texts with the runtime and with the reference, and compare.
+@dataclasses.dataclass(frozen=True, slots=True)
+class References:
+    """The reference's vectors, computed once for all graphs of a bundle.
+
+    Attributes:
+        texts: The certificate's texts.
+        n_tokens: Their token counts, int64 (n,).
+        expected: Their vectors, float64 (n, dim).
+        pairs: Labelled pairs of the user's, or none.
+        pair_vectors: Vectors of the pairs' distinct texts, float64 (n_texts, dim).
+    """
+
+    texts: list[str]
+    n_tokens: npt.NDArray[np.int64]
+    expected: npt.NDArray[np.float64]
+    pairs: Sequence[Pair]
+    pair_vectors: npt.NDArray[np.float64]
+
+
+def references(checkpoint: Checkpoint, pairs: Sequence[Pair] = ()) -> References:
+    """Embed the certificate's texts, and those of labelled pairs, with the reference."""
+    texts = certificate_texts()
+    tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(texts)
+    rows = []
+    with progress_bar(int(tokens.n_tokens.sum()), "token") as progress:
+        for n_tokens, row in zip(tokens.n_tokens, reference_embeddings(checkpoint, tokens.input_ids), strict=True):
+            rows.append(row)
+            progress.update(int(n_tokens))
+    pair_vectors = reference_vectors(checkpoint, pairs) if pairs else np.empty((0, len(rows[0])))
+    return References(texts, tokens.n_tokens, np.stack(rows), pairs, pair_vectors)
+
+
+def certify(encoder: Encoder, reference: References, *, accept_accuracy: bool = False) -> Certificate:
+    """Embed the certificate's texts with the runtime, and compare with the reference.
 
     Args:
         encoder: The bundle, opened as a user opens it.
-        checkpoint: What the bundle was made from.
+        reference: What its vectors should be.
         accept_accuracy: Take an int8 graph that is beyond its tolerance, and record that.
 
     Returns:
@@ -37,17 +78,23 @@ def certify(encoder: Encoder, checkpoint: Checkpoint, *, accept_accuracy: bool =
     Raises:
         CertificateError: A figure is beyond the tolerance.
     """
-    texts = certificate_texts()
-    tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(texts)
-    expected = np.empty((len(texts), encoder.get_sentence_embedding_dimension()))
-    with progress_bar(int(tokens.n_tokens.sum()), "token") as progress:
-        for row, vector in enumerate(reference_embeddings(checkpoint, tokens.input_ids)):
-            expected[row] = vector
-            progress.update(int(tokens.n_tokens[row]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # the longest texts are meant to be cut
-        embeddings = encoder.encode(texts, prompt="")  # as the reference: without the model's default prompt
-    certificate = compare(embeddings, expected, tokens.n_tokens, reference_name(), TOLERANCE[encoder.precision])
+        # As the reference: without the model's default prompt.
+        embeddings = encoder.encode(reference.texts, prompt="")
+        some = np.linspace(0, len(embeddings) - 1, _ALONE).astype(int)
+        alone = np.stack([encoder.encode(reference.texts[i], prompt="") for i in some])
+        evaluation = evaluate(encoder, reference.pairs, reference.pair_vectors) if reference.pairs else None
+    certificate = dataclasses.replace(
+        compare(embeddings, reference.expected, reference.n_tokens, reference_name(), TOLERANCE[encoder.precision]),
+        max_batch_difference=float(np.abs(unit_rows(alone) - unit_rows(embeddings[some])).max()),
+        evaluation=evaluation,
+    )
+    if not certificate.max_batch_difference <= _BATCH_TOLERANCE:
+        raise CertificateError(
+            f"the {encoder.precision} graph gives a text another vector among others than alone: they differ by "
+            f"{certificate.max_batch_difference:.1e}. Nothing was published; please report it"
+        )
     if encoder.precision == "fp32":
         if not max(certificate.max_abs_difference, certificate.max_norm_difference) <= certificate.tolerance:
             raise CertificateError(
@@ -56,16 +103,35 @@ def certify(encoder: Encoder, checkpoint: Checkpoint, *, accept_accuracy: bool =
                 f"{certificate.tolerance:.0e}. Nothing was published. The checkpoint does something that the exporter "
                 "does not know; please report it with the checkpoint's config.json"
             )
-    elif not 1 - certificate.min_cosine <= certificate.tolerance:
-        if not accept_accuracy:
-            raise CertificateError(
-                f"the {encoder.precision} graph turns a text to a cosine of {certificate.min_cosine:.4f} (mean "
-                f"{certificate.mean_cosine:.5f}), allowed are {1 - certificate.tolerance:.2f}. Nothing was published. "
-                "Convert with --precision fp32, calibrate on texts of your own with --calibration FILE, or take it "
-                "with --accept-accuracy"
-            )
-        certificate = dataclasses.replace(certificate, accepted=True)
-    return certificate
+        return certificate
+    losses = _losses(certificate)
+    if losses and not accept_accuracy:
+        raise CertificateError(
+            f"the {encoder.precision} graph {' and '.join(losses)}. Nothing was published. Convert with --precision "
+            "fp32, calibrate on texts of your own with --calibration FILE, or take it with --accept-accuracy"
+        )
+    return dataclasses.replace(certificate, accepted=bool(losses))
+
+
+def _losses(certificate: Certificate) -> list[str]:
+    """Say what a quantised graph loses beyond what is allowed."""
+    losses = []
+    if not 1 - certificate.min_cosine <= certificate.tolerance:
+        losses.append(
+            f"turns a text to a cosine of {certificate.min_cosine:.4f} (mean {certificate.mean_cosine:.5f}), allowed "
+            f"are {1 - certificate.tolerance:.2f}"
+        )
+    evaluation = certificate.evaluation
+    if evaluation is not None and not evaluation.reference_spearman - evaluation.spearman <= _SPEARMAN_LOSS:
+        losses.append(
+            f"lowers Spearman's correlation on your pairs from {evaluation.reference_spearman:.4f} to "
+            f"{evaluation.spearman:.4f}, allowed are {_SPEARMAN_LOSS}"
+        )
+    if evaluation is not None and not evaluation.top10_overlap >= _TOP10_OVERLAP:
+        losses.append(
+            f"keeps {evaluation.top10_overlap:.3f} of the ten nearest neighbours, allowed are {_TOP10_OVERLAP}"
+        )
+    return losses
 
 
 def compare(
@@ -75,7 +141,7 @@ def compare(
     reference: str,
     tolerance: float,
 ) -> Certificate:
-    """Measure embeddings (n, dim) against the reference's (n, dim), in float64."""
+    """Measure embeddings (n, dim) against the reference's (n, dim), in float64; the rest is left for the caller."""
     actual = embeddings.astype(np.float64)
     norms, expected_norms = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
     unit, expected_unit = actual / norms[:, None], expected / expected_norms[:, None]
@@ -86,9 +152,12 @@ def compare(
         min_tokens=int(n_tokens.min()),
         max_tokens=int(n_tokens.max()),
         mean_cosine=float(cosines.mean()),
+        p1_cosine=float(np.percentile(cosines, 1)),
         min_cosine=float(cosines.min()),
         max_abs_difference=float(np.abs(unit - expected_unit).max()),
         max_norm_difference=float(np.abs(norms / expected_norms - 1).max()),
+        max_batch_difference=0.0,
         tolerance=tolerance,
         accepted=False,
+        evaluation=None,
     )

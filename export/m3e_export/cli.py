@@ -14,7 +14,7 @@ from m3e.errors import DependencyError
 _EXAMPLES = """\
 examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
-  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --precision fp32 int8
+  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --cpu vnni avx2 --eval sts.tsv
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
 """
@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     parser.add_argument(
-        "--precision", nargs="+", choices=["fp32", "int8"], default=["fp32"], help="graphs to make (default: fp32)"
+        "--precision",
+        nargs="+",
+        choices=["fp32", "int8"],
+        default=["fp32", "int8"],
+        help="graphs to make (default: both)",
     )
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
@@ -42,10 +46,24 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
                         help="unit length inside the graph, or not (default: as the checkpoint)")  # fmt: skip
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     parser.add_argument(
+        "--cpu",
+        nargs="+",
+        choices=["vnni", "avx2"],
+        help="processors to make int8 graphs for: vnni, or avx2 for those without it, with 7-bit weights "
+        "(default: as this processor)",
+    )
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
         help="UTF-8 file of texts to calibrate int8 on, one a line (default: those that come along)",
+    )
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 file of sentence1<TAB>sentence2<TAB>label: Spearman's correlation and the ten nearest "
+        "neighbours join the certificate",
     )
     parser.add_argument(
         "--accept-accuracy",
@@ -75,7 +93,9 @@ def _run(parsed: argparse.Namespace) -> None:
         with_token_embeddings=parsed.with_token_embeddings,
         revision=parsed.revision,
         force=parsed.force,
+        cpus=parsed.cpu,
         calibration=parsed.calibration,
+        evaluation=parsed.eval,
         accept_accuracy=parsed.accept_accuracy,
         report=lambda step: print(step, file=sys.stderr),
     )

@@ -16,6 +16,7 @@ import onnxruntime
 import tokenizers
 
 from m3e import manifest as manifest_format
+from m3e.cpu import cpu_features
 from m3e.encoder import Encoder, TruncationWarning
 from m3e.errors import ExportError
 from m3e.manifest import (
@@ -33,19 +34,24 @@ from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export.calibrate import Int8Site
-from m3e_export.certify import certify
+from m3e_export.certify import certify, references
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.evaluate import Pair, read_pairs
 from m3e_export.graph import build_graph
 from m3e_export.int8 import Int8Weights
 from m3e_export.publish import check_target, staged
 from m3e_export.quantize import quantize
+from m3e_export.reference import reference_name
 from m3e_export.sources import fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
 PRECISIONS = ("fp32", "int8")
-_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
-# Another processor adds the same products in another order; far below this, far above that.
-_CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 2e-3}
+# Processors that int8 graphs are made for: the largest weight level, and what the graph then needs. Without VNNI two
+# products of 8 bits are added in 16 bits and saturate: 2 x 255 x 63 is the most that fits.
+CPUS: Mapping[str, tuple[int, tuple[str, ...]]] = {"vnni": (127, ("vnni",)), "avx2": (63, ())}
+# Another processor adds the same products in another order, which now and then moves an 8-bit level by one: measured
+# 1e-7 for fp32 and up to 1.5e-4 for int8. 8-bit sums that saturate move every vector by 1e-3 and more.
+_CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 5e-4}
 # Files for the other tools that read this layout; copied as they are.
 _COPIED = (
     "config.json",
@@ -66,7 +72,9 @@ def convert(
     with_token_embeddings: bool = False,
     revision: str | None = None,
     force: bool = False,
+    cpus: Sequence[str] | None = None,
     calibration: Path | None = None,
+    evaluation: Path | None = None,
     accept_accuracy: bool = False,
     report: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
@@ -81,7 +89,10 @@ def convert(
         with_token_embeddings: Also output ``last_hidden_state``.
         revision: Branch, tag or commit on the hub.
         force: Replace a bundle that is there already.
+        cpus: Of ``CPUS``: the processors to make int8 graphs for; None for one like this.
         calibration: UTF-8 file with a text a line to calibrate int8 on; None for the corpus that comes along.
+        evaluation: UTF-8 file of labelled pairs, ``sentence1<TAB>sentence2<TAB>label``; their figures join the
+            certificates.
         accept_accuracy: Publish an int8 graph that is beyond its tolerance, and record that.
         report: Called with a line of text at each step.
 
@@ -93,29 +104,52 @@ def convert(
         DependencyError: A package is missing.
     """
     check_target(target, force)
+    cpus = _cpus(cpus)
+    texts = None if calibration is None else _read_texts(calibration)
+    pairs = [] if evaluation is None else read_pairs(evaluation)
     report(f"reading {checkpoint}")
     loaded = load_checkpoint(fetch_checkpoint(checkpoint, revision), max_seq_length=max_seq_length, normalize=normalize)
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     # An int8 graph has a quarter of the bytes, or more where layers stay FP32.
-    share = {"fp32": 1.1, "int8": 0.6}
+    share = {"fp32": 1.1, "int8": 0.6 * len(cpus)}
     needed_bytes = int(sum(share[precision] for precision in precisions) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
         _write_layout(loaded, folder)
         graphs = []
-        for precision in dict.fromkeys(precisions):
-            sites = {}
-            if precision == "int8":
-                texts = None if calibration is None else _read_texts(calibration)
-                sites = quantize(loaded, texts, report=report)
-            report(f"building the {precision} graph")
-            graphs.append(_write_graph(loaded, folder, precision, sites, with_token_embeddings))
+        if "fp32" in precisions:
+            report("building the fp32 graph")
+            graphs.append(_write_graph(loaded, folder, "onnx/model.onnx", None, with_token_embeddings))
+        for cpu in cpus if "int8" in precisions else ():
+            max_level, features = CPUS[cpu]
+            sites = quantize(loaded, texts, max_level=max_level, report=report)
+            report(f"building the int8 graph for {cpu}")
+            file = "onnx/model_int8.onnx" if features else f"onnx/model_int8_{cpu}.onnx"
+            graph = _write_graph(loaded, folder, file, sites, with_token_embeddings)
+            graphs.append(dataclasses.replace(graph, cpu_features=features))
         manifest = _describe(loaded, folder, graphs)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
-        manifest = _certify(manifest, loaded, folder, accept_accuracy, report)
+        manifest = _certify(manifest, loaded, folder, pairs, accept_accuracy, report)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
-        Encoder(folder)  # the last look is the user's first
+        for graph in graphs:
+            Encoder(folder, precision=graph.file)  # the last look is the user's first
         report(f"publishing {target}")
     return manifest
+
+
+def _cpus(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Settle the processors; a graph that this one computes wrong cannot be certified here."""
+    features = cpu_features()
+    able = [name for name, (_, needed) in CPUS.items() if features is None or features.issuperset(needed)]
+    if given is None:
+        return (able[0],)
+    unable = [name for name in given if name not in able]
+    if unable:
+        raise ExportError(
+            f"this processor lacks {', '.join(unable)}: it would compute other sums, and the graph's certificate and "
+            "golden vectors would be wrong. Convert on a processor that has it, or with '--cpu avx2', which runs "
+            "anywhere"
+        )
+    return tuple(dict.fromkeys(given))
 
 
 def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
@@ -139,12 +173,13 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_graph(
-    checkpoint: Checkpoint, folder: Path, precision: str, sites: Mapping[str, Int8Site], with_token_embeddings: bool
+    checkpoint: Checkpoint, folder: Path, file: str, sites: Mapping[str, Int8Site] | None, with_token_embeddings: bool
 ) -> Graph:
-    weights = Int8Weights(checkpoint, sites) if precision == "int8" else None
+    """Build and write one graph, fp32 without sites and int8 with them, and embed the golden texts with it."""
+    precision = "fp32" if sites is None else "int8"
+    weights = None if sites is None else Int8Weights(checkpoint, sites)
     model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
     data = model.SerializeToString(deterministic=True)
-    file = _FILES[precision]
     _write(folder / file, data)
     session = Session(data, num_threads=1)
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
@@ -158,10 +193,10 @@ def _write_graph(
         ops=_op_types(model),
         outputs=tuple(output.name for output in model.graph.output),
         batch_invariant=True,
-        cpu_features=("vnni",) if precision == "int8" else (),
+        cpu_features=(),
         int8_sites={
             name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
-            for name, site in sites.items()
+            for name, site in (sites or {}).items()
         },
         certificate=None,
         golden_embeddings=encode_array(golden),
@@ -207,16 +242,23 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
 
 
 def _certify(
-    manifest: Manifest, checkpoint: Checkpoint, folder: Path, accept_accuracy: bool, report: Callable[[str], None]
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    folder: Path,
+    pairs: Sequence[Pair],
+    accept_accuracy: bool,
+    report: Callable[[str], None],
 ) -> Manifest:
     """Compare each graph with the reference, and measure the ranges of the first one's vectors."""
+    report(f"embedding the certificate's texts with {reference_name()}")
+    reference = references(checkpoint, pairs)
     graphs = []
     ranges: tuple[str, str] | None = None
     for graph in manifest.graphs:
-        encoder = Encoder(folder, precision=graph.precision)
-        report(f"certifying {graph.precision}")
+        encoder = Encoder(folder, precision=graph.file)
+        report(f"certifying {graph.file}")
         graphs.append(
-            dataclasses.replace(graph, certificate=certify(encoder, checkpoint, accept_accuracy=accept_accuracy))
+            dataclasses.replace(graph, certificate=certify(encoder, reference, accept_accuracy=accept_accuracy))
         )
         if ranges is None:
             with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """M3E sentence embeddings on ONNX Runtime. This is the public interface; every other name may move."""
 
-from m3e.encoder import Encoder, TruncationWarning
+from m3e.encoder import Encoder, PrecisionWarning, TruncationWarning
 from m3e.errors import (
     BackendError,
     BundleError,
@@ -28,6 +28,7 @@ __all__ = [
     "InferenceError",
     "InputError",
     "M3EError",
+    "PrecisionWarning",
     "StartError",
     "TruncationWarning",
     "quantize_embeddings",

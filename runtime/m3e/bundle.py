@@ -43,20 +43,36 @@ class Bundle:
         self.manifest = Manifest.from_bytes(self._read(MANIFEST_NAME, None))
         self._check_names()
 
-    def graph(self, precision: str, target: str) -> Graph:
-        """Find the graph of a precision for a target.
+    def graph(self, precision: str, target: str, features: frozenset[str] | None = None) -> Graph:
+        """Find the graph of a precision for a target, the one that makes most of the processor if there are several.
+
+        Args:
+            precision: Of the graph, or the name of its file, which is taken whatever the processor is.
+            target: Such as ``cpu``.
+            features: What the processor has; None if that is not known, and the canary will have to tell.
 
         Raises:
-            BundleError: The bundle has no such graph; the message lists those it has.
+            BundleError: The bundle has no such graph, or none that this processor computes right.
         """
-        for graph in self.manifest.graphs:
-            if (graph.precision, graph.target) == (precision, target):
+        graphs = [graph for graph in self.manifest.graphs if graph.target == target]
+        for graph in graphs:
+            if graph.file == precision:
                 return graph
-        available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
-        raise BundleError(
-            f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
-            f"convert again with '--precision {precision}'"
-        )
+        graphs = [graph for graph in graphs if graph.precision == precision]
+        if not graphs:
+            available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
+            raise BundleError(
+                f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
+                f"convert again with '--precision {precision}'"
+            )
+        fitting = [graph for graph in graphs if features is None or features.issuperset(graph.cpu_features)]
+        if not fitting:
+            needed = " or ".join(" and ".join(graph.cpu_features) for graph in graphs)
+            raise BundleError(
+                f"the {precision} graph of {str(self.folder)!r} needs a processor with {needed}, which this one lacks: "
+                "it would compute wrong sums. Convert again with '--cpu avx2', or use the fp32 graph"
+            )
+        return max(fitting, key=lambda graph: len(graph.cpu_features))
 
     def read(self, name: str) -> bytes:
         """Read a file of the manifest whole and check it.

@@ -1,13 +1,16 @@
-"""How many processors this process may really use."""
+"""How many processors this process may really use, and what they can do."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SELF_CGROUP = Path("/proc/self/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_threads() -> int:
@@ -22,6 +25,26 @@ def available_threads() -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota()
     return processors if quota is None else max(1, min(processors, math.ceil(quota)))
+
+
+def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str] | None:
+    """Tell what this processor offers of what graphs may need.
+
+    ``vnni``: sums of 8-bit products do not saturate at 16 bits. x86 has it with AVX512-VNNI or AVX-VNNI; every ARM has
+    it (onnxruntime's kernels widen first).
+
+    Returns:
+        The features, or None where the system does not say.
+    """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return frozenset({"vnni"})
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        return None  # not Linux
+    if flags is None:
+        return None
+    return frozenset({"vnni"} if {"avx512_vnni", "avx_vnni"} & set(flags[1].split()) else ())
 
 
 def _cgroup_quota(root: Path = _CGROUP, membership: Path = _SELF_CGROUP) -> float | None:

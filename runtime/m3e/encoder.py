@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from m3e.bundle import Bundle
 from m3e.canary import check_canary
-from m3e.cpu import available_threads
-from m3e.errors import InputError
+from m3e.cpu import available_threads, cpu_features
+from m3e.errors import BundleError, InputError
 from m3e.manifest import Graph, decode_array
 from m3e.plan import attention_length, plan_batches
 from m3e.progress import progress_bar
@@ -32,6 +32,10 @@ class TruncationWarning(UserWarning):
     """Some texts were longer than the model's ``max_seq_length`` and were cut."""
 
 
+class PrecisionWarning(UserWarning):
+    """``precision="auto"`` took a slower graph than the bundle has, because this processor cannot compute that one."""
+
+
 class Encoder:
     """A bundle, opened. Threads may share one; a forked child opens its own session on first use.
 
@@ -40,7 +44,8 @@ class Encoder:
 
     Args:
         bundle: Folder written by ``convert.py``.
-        precision: Which graph: ``fp32``, or ``auto`` for the fastest that the bundle has for this device.
+        precision: Which graph: ``fp32``, ``int8``, the name of a graph's file, or ``auto`` for the fastest that the
+            bundle has for this device and processor.
         device: ``cpu``.
         num_threads: Threads of one batch; None for what affinity and the container's quota allow.
 
@@ -275,8 +280,13 @@ def _reopen(folder: Path, arguments: dict[str, Any]) -> Encoder:
 
 
 def _choose(bundle: Bundle, precision: str, device: str) -> Graph:
-    """``auto`` is the first precision of this list that the bundle has for the device."""
+    """``auto`` is int8 if the bundle has it and this processor computes it right, otherwise fp32."""
+    features = cpu_features()
     if precision != "auto":
-        return bundle.graph(precision, device)
-    available = {graph.precision for graph in bundle.manifest.graphs if graph.target == device}
-    return bundle.graph(next((name for name in ("int8", "fp32") if name in available), "fp32"), device)
+        return bundle.graph(precision, device, features)
+    if any((graph.precision, graph.target) == ("int8", device) for graph in bundle.manifest.graphs):
+        try:
+            return bundle.graph("int8", device, features)
+        except BundleError as error:
+            warnings.warn(f"using fp32: {error}", PrecisionWarning, stacklevel=3)
+    return bundle.graph("fp32", device)

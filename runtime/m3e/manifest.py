@@ -54,12 +54,28 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A graph on the user's labelled pairs: Spearman's correlation of cosine and label, its reference's beside it.
+
+    ``top10_overlap`` is the mean share of a text's ten nearest neighbours, among all texts of the pairs, that the graph
+    and its reference agree on.
+    """
+
+    n_pairs: int
+    n_texts: int
+    reference_spearman: float
+    spearman: float
+    top10_overlap: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
     """How far a graph, run through the runtime, is from its reference on the certificate's texts.
 
-    Differences are between unit vectors; the norm's difference is relative to the reference's norm. ``tolerance``
-    bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of an int8 one; ``accepted`` is true where a user
-    took a worse graph with ``--accept-accuracy``.
+    Differences are between unit vectors; the norm's difference is relative to the reference's norm. ``p1_cosine`` is
+    the first percentile. ``max_batch_difference`` is between a text alone and the same text among others.
+    ``tolerance`` bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of an int8 one; ``accepted`` is true
+    where a user took a worse graph with ``--accept-accuracy``. ``evaluation`` is there where labelled pairs were given.
     """
 
     reference: str
@@ -67,11 +83,14 @@ class Certificate:
     min_tokens: int
     max_tokens: int
     mean_cosine: float
+    p1_cosine: float
     min_cosine: float
     max_abs_difference: float
     max_norm_difference: float
+    max_batch_difference: float
     tolerance: float
     accepted: bool
+    evaluation: Evaluation | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +107,7 @@ class Graph:
 
     ``golden_embeddings`` is base64 of little-endian float32 (golden texts, embedding_dim);
     ``canary_tolerance`` bounds the largest difference between unit vectors when they are computed again.
+    ``cpu_features`` are what a processor needs to compute it right: ``vnni`` for 8-bit products that do not saturate.
     ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32.
     ``certificate`` is None only while the exporter is at work.
     """
