@@ -167,7 +167,8 @@ class CalibrationSteps:
     def linears(self, site: str, names: Sequence[str], x: Streams) -> list[Streams]:
         """Fit a site's layers on the quantised stream, unless they are kept, and apply them."""
         targets = self._exact.linears(site, names, x[0])
-        if site.removeprefix("encoder.layer.").partition(".")[2] in self._kept:
+        # ELECTRA's projection of the embeddings is a small share of the work, and all layers inherit its error.
+        if not site.startswith("encoder.layer.") or site.split(".", 3)[3] in self._kept:
             return list(zip(targets, self._exact.linears(site, names, x[1]), strict=True))
         full = [f"{site}.{name}" for name in names]
         weights = [self._exact.tensor(f"{name}.weight").T for name in full]
