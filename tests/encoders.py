@@ -20,7 +20,8 @@ from m3e_export.texts import corpus
 
 HIDDEN, POSITIONS = 64, 512
 _SHAPE: dict[str, Any] = {
-    "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128, "type_vocab_size": 2,
+    "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
+    "type_vocab_size": 2,
 }  # fmt: skip
 _FAIRSEQ: dict[str, Any] = {
     **_SHAPE, "max_position_embeddings": POSITIONS + 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
@@ -84,8 +85,8 @@ def write_modules(folder: Path, pooling: list[str], head: str = "", *, include_p
     Args:
         folder: The encoder's folder.
         pooling: Names of poolings.
-        head: Modules behind them, separated by spaces: ``Normalize``, or ``Dense`` with its activation and width, such as
-            ``Dense:Tanh:32``, and ``:nobias``.
+        head: Modules behind them, separated by spaces: ``Normalize``, or ``Dense`` with its activation and width, such
+            as ``Dense:Tanh:32``, and ``:nobias``.
         include_prompt: Whether prompts are pooled.
     """
     kinds = ["Transformer", "Pooling", *head.split()]

@@ -248,9 +248,9 @@ def _ranges(embeddings: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> st
 
 def _space_id(checkpoint: Checkpoint) -> str:
     """Hash what decides whether vectors may be compared: weights, tokenizer, pooling and what follows it."""
+    head = ["normalize" if isinstance(module, Normalize) else module.fingerprint() for module in checkpoint.head]
     decides = [checkpoint.weights_sha256, hashlib.sha256(checkpoint.tokenizer_json).hexdigest(),
-               *checkpoint.pooling, str(checkpoint.include_prompt),
-               *("" if isinstance(module, Normalize) else module.fingerprint() for module in checkpoint.head)]  # fmt: skip
+               *checkpoint.pooling, str(checkpoint.include_prompt), *head]  # fmt: skip
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:16]
 
 

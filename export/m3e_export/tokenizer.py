@@ -8,8 +8,8 @@ from typing import Any
 
 from m3e.errors import CheckpointError, DependencyError
 
-# tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' WordPiece tokenizers let the first
-# overrule the second, their defaults included; other classes take tokenizer.json as it is.
+# tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' WordPiece tokenizers let the
+# first overrule the second, their defaults included; other classes take tokenizer.json as it is.
 _NORMALIZER_OPTIONS = {
     "do_lower_case": ("lowercase", True),
     "strip_accents": ("strip_accents", None),
@@ -96,8 +96,8 @@ def _by_transformers(folder: Path) -> Any:
         return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises all kinds
         raise CheckpointError(
-            f"transformers cannot make a tokenizer.json of the files in {str(folder)!r} ({error}). Install what it asks "
-            f"for (pip install sentencepiece protobuf), {way_out}"
+            f"transformers cannot make a tokenizer.json of the files in {str(folder)!r} ({error}). Install what it "
+            f"asks for (pip install sentencepiece protobuf), {way_out}"
         ) from error
 
 
