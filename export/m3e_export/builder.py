@@ -27,6 +27,7 @@ class GraphBuilder:
         self._inputs = inputs
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
+        self._optional_inputs: list[onnx.ValueInfoProto] = []
         self._scope = ""
 
     def scope(self, name: str) -> None:
@@ -49,6 +50,11 @@ class GraphBuilder:
         """Add a 1-D int64 constant named after its values."""
         return self.const(f"int64_{'_'.join(map(str, values))}", values, np.int64)
 
+    def optional_input(self, name: str, default: int) -> str:
+        """Add an input, int64 (1,), that has this value unless it is given."""
+        self._optional_inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]))
+        return self.const(name, [default], np.int64)
+
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
         """Close the graph.
 
@@ -64,10 +70,8 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes,
             "m3e",
-            [
-                helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "seq_len"])
-                for name in self._inputs
-            ],
+            [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "seq_len"]) for name in self._inputs]
+            + self._optional_inputs,
             [
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()

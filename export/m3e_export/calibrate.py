@@ -25,9 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e_export.checkpoint import Checkpoint
-from m3e_export.encoder_math import attention, gelu, layer_norm
+from m3e_export.numpy_steps import NumpySteps
+from m3e_export.pooling import embed_sentence
+from m3e_export.walk import hidden_states
 
 Float32Array = npt.NDArray[np.float32]
+Streams = tuple[Float32Array, Float32Array]  # exact and quantised, (T, width) each
 
 # 0, no smoothing, comes first: the others cost a multiplication of the input at run time.
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -103,62 +106,94 @@ def calibrate(
         progress: Called after each layer.
 
     Returns:
-        Sites by name, such as ``encoder.layer.0.attention.self``; and the cosine of each text's mean of tokens behind
-        the last layer, quantised against exact, float32 (n,).
+        Sites by name, such as ``encoder.layer.0.attention.self``; and the cosine of each text's vector, quantised
+        against exact, float32 (n,).
     """
     texts = sorted(input_ids, key=len)  # equal lengths attend together
-    lengths = [len(ids) for ids in texts]
-    exact = _embed(checkpoint, texts, checkpoint.tensors["embeddings.word_embeddings.weight"])
-    quantised = _embed(checkpoint, texts, embeddings)
-    sites: dict[str, Int8Site] = {}
-    for i in range(checkpoint.config.num_hidden_layers):
-        exact, quantised = _calibrate_layer(checkpoint, i, exact, quantised, lengths, sites, kept, max_level)
+    steps = CalibrationSteps(checkpoint, texts, embeddings, kept, max_level)
+    words = steps.words()
+    states = hidden_states(steps, checkpoint.config, words)
+    first = last = next(states)
+    for state in states:
+        last = state
         progress()
-    starts = np.cumsum([0, *lengths[:-1]])
-    sums = [np.add.reduceat(stream, starts, axis=0) for stream in (exact, quantised)]
-    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in sums]
-    return sites, (units[0] * units[1]).sum(axis=1)
+    ends = np.cumsum([len(ids) for ids in texts])[:-1]
+    units = []
+    for stream in zip(words, first, last, strict=True):
+        by_text = zip(*(np.split(value, ends) for value in stream), strict=True)
+        vectors = np.stack([embed_sentence(checkpoint, *values) for values in by_text])
+        units.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    return steps.sites, (units[0] * units[1]).sum(axis=1)
 
 
-def _calibrate_layer(
-    checkpoint: Checkpoint,
-    i: int,
-    exact: Float32Array,
-    quantised: Float32Array,
-    lengths: Sequence[int],
-    sites: dict[str, Int8Site],
-    kept: Sequence[str],
-    max_level: int,
-) -> tuple[Float32Array, Float32Array]:
-    """Fit one layer's sites and return both streams behind it."""
-    layer, config, tensors = f"encoder.layer.{i}", checkpoint.config, checkpoint.tensors
+class CalibrationSteps:
+    """The steps of `walk` on both streams; a linear layer is fitted when it is reached.
 
-    def fit(
-        part: str, names: Sequence[str], x: Float32Array, xq: Float32Array
-    ) -> tuple[list[Float32Array], list[Float32Array]]:
-        full = [f"{layer}.{part}.{name}" for name in names]
-        weights = [tensors[f"{name}.weight"].T for name in full]
-        biases = [tensors[f"{name}.bias"] for name in full]
-        targets = [x @ weight + bias for weight, bias in zip(weights, biases, strict=True)]
-        if part in kept:
-            return targets, [xq @ weight + bias for weight, bias in zip(weights, biases, strict=True)]
-        site = sites[f"{layer}.{part}"] = fit_site(full, weights, targets, xq, max_level)
-        levels = site.quantize(xq)
-        return targets, [site.apply(name, levels) for name in full]
+    Args:
+        checkpoint: The model.
+        texts: Token ids of texts, sorted by length.
+        embeddings: Word embeddings (vocab, embedding_size) of the quantised stream.
+        kept: Sites that stay FP32, by the part of their name behind the layer.
+        max_level: Largest absolute weight level.
+    """
 
-    def norm(name: str, x: Float32Array) -> Float32Array:
-        full = f"{layer}.{name}.LayerNorm"
-        return layer_norm(x, tensors[f"{full}.weight"], tensors[f"{full}.bias"], config.layer_norm_eps)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        texts: Sequence[Sequence[int]],
+        embeddings: Float32Array,
+        kept: Sequence[str],
+        max_level: int,
+    ) -> None:
+        self.sites: dict[str, Int8Site] = {}
+        self._exact = NumpySteps(checkpoint, texts, np.float32)
+        self._embeddings = embeddings
+        self._ids = np.concatenate([np.asarray(text) for text in texts])
+        self._kept = kept
+        self._max_level = max_level
 
-    qkv, qkv_q = fit("attention.self", ("query", "key", "value"), exact, quantised)
-    context = _attend(qkv, lengths, config.num_attention_heads)
-    context_q = _attend(qkv_q, lengths, config.num_attention_heads)
-    (attended,), (attended_q,) = fit("attention.output", ("dense",), context, context_q)
-    exact, quantised = norm("attention.output", exact + attended), norm("attention.output", quantised + attended_q)
-    (inner,), (inner_q,) = fit("intermediate", ("dense",), exact, quantised)
-    inner, inner_q = gelu(inner, config.hidden_act), gelu(inner_q, config.hidden_act)
-    (outer,), (outer_q,) = fit("output", ("dense",), inner, inner_q)
-    return norm("output", exact + outer), norm("output", quantised + outer_q)
+    def scope(self, name: str) -> None:
+        """Nothing to name here."""
+
+    def words(self) -> Streams:
+        """Word embeddings, as they are and quantised."""
+        return self._exact.words(), self._embeddings[self._ids]
+
+    def positions(self) -> Streams:
+        """What is added to the word embeddings; it is not quantised."""
+        rows = self._exact.positions()
+        return rows, rows
+
+    def linears(self, site: str, names: Sequence[str], x: Streams) -> list[Streams]:
+        """Fit a site's layers on the quantised stream, unless they are kept, and apply them."""
+        targets = self._exact.linears(site, names, x[0])
+        # ELECTRA's projection of the embeddings is a small share of the work, and all layers inherit its error.
+        if not site.startswith("encoder.layer.") or site.split(".", 3)[3] in self._kept:
+            return list(zip(targets, self._exact.linears(site, names, x[1]), strict=True))
+        full = [f"{site}.{name}" for name in names]
+        weights = [self._exact.tensor(f"{name}.weight").T for name in full]
+        fitted = self.sites[site] = fit_site(full, weights, targets, x[1], self._max_level)
+        levels = fitted.quantize(x[1])
+        return [(target, fitted.apply(name, levels)) for target, name in zip(targets, full, strict=True)]
+
+    def layer_norm(self, name: str, x: Streams) -> Streams:
+        """Layer normalisation."""
+        return self._exact.layer_norm(name, x[0]), self._exact.layer_norm(name, x[1])
+
+    def add(self, a: Streams, b: Streams) -> Streams:
+        """Sum."""
+        return a[0] + b[0], a[1] + b[1]
+
+    def attention(self, query: Streams, key: Streams, value: Streams) -> Streams:
+        """Attention within each text."""
+        return (
+            self._exact.attention(query[0], key[0], value[0]),
+            self._exact.attention(query[1], key[1], value[1]),
+        )
+
+    def activation(self, x: Streams) -> Streams:
+        """The feed-forward block's activation."""
+        return self._exact.activation(x[0]), self._exact.activation(x[1])
 
 
 def fit_site(
@@ -259,28 +294,3 @@ def round_weights(
             remaining[k + 1 : stop] -= np.outer(upper[k, k + 1 : stop], errors[k - start])
         remaining[stop:] -= upper[start:stop, stop:].T @ errors
     return levels.astype(np.float32), scale.astype(np.float32)
-
-
-def _embed(checkpoint: Checkpoint, texts: Sequence[Sequence[int]], words: Float32Array) -> Float32Array:
-    """Embed texts and lay their tokens end to end: float32 (n_tokens, hidden)."""
-    tensors = checkpoint.tensors
-    ids = np.concatenate([np.asarray(text) for text in texts])
-    positions = np.concatenate([np.arange(len(text)) for text in texts])
-    x = words[ids] + tensors["embeddings.position_embeddings.weight"][positions]
-    x += tensors["embeddings.token_type_embeddings.weight"][0]
-    name = "embeddings.LayerNorm"
-    return layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], checkpoint.config.layer_norm_eps)
-
-
-def _attend(qkv: Sequence[Float32Array], lengths: Sequence[int], num_heads: int) -> Float32Array:
-    """Attend within each text; texts come sorted by length, and those of one length run together."""
-    context = np.empty_like(qkv[0])
-    row = start = 0
-    while start < len(lengths):
-        length = lengths[start]
-        stop = start + max(1, min(lengths[start:].count(length), 4096 // length))
-        rows = slice(row, row + (stop - start) * length)
-        query, key, value = (part[rows].reshape(stop - start, length, -1) for part in qkv)
-        context[rows] = attention(query, key, value, num_heads).reshape(-1, context.shape[1])
-        row, start = rows.stop, stop
-    return context

@@ -12,28 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import CheckpointError
-from m3e_export.pooling import read_pooling
+from m3e_export.architectures import ARCHITECTURES, EncoderConfig, expected_tensors, read_config
+from m3e_export.modules import Dense, Modules, Normalize, encoder_folder, read_modules
 from m3e_export.sources import LocalCheckpoint
 from m3e_export.tokenizer import read_tokenizer
 from m3e_export.weights import read_weights
-
-# transformers' names of activations -> the attribute `approximate` of ONNX's Gelu.
-GELU_APPROXIMATION = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class BertConfig:
-    """The fields of ``config.json`` that decide a BERT encoder's numbers."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    layer_norm_eps: float
-    hidden_act: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +24,16 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where the encoder and its tokenizer lie.
         id: Hub id, or the folder's name.
         revision: The hub's commit, None for a folder.
         config: The encoder's shape.
         tensors: Weights by BERT's names without prefix, float32; linear weights (out, in) as PyTorch keeps them.
         weights_sha256: Hash of the weight file.
         tokenizer_json: Content of a ``tokenizer.json`` that gives transformers' token ids.
-        pooling: sentence-transformers' names of the poolings, concatenated in this order.
-        normalize: Whether the vectors are scaled to unit length.
+        pooling: Names of the poolings, concatenated in this order.
+        include_prompt: Whether a prompt's tokens are pooled too.
+        head: Dense layers and normalisations behind the pooling, in order.
         max_seq_length: Longest input in tokens, special tokens included.
         prompts: Texts to put before the input, by name.
         default_prompt_name: The prompt used when none is asked for.
@@ -59,22 +43,35 @@ class Checkpoint:
     folder: Path
     id: str
     revision: str | None
-    config: BertConfig
+    config: EncoderConfig
     tensors: Mapping[str, npt.NDArray[np.float32]]
     weights_sha256: str
     tokenizer_json: bytes
     pooling: tuple[str, ...]
-    normalize: bool
+    include_prompt: bool
+    head: tuple[Dense | Normalize, ...]
     max_seq_length: int
     prompts: dict[str, str]
     default_prompt_name: str | None
     similarity_fn_name: str
 
+    @property
+    def embedding_dim(self) -> int:
+        """Length of a sentence's vector."""
+        widths = [len(self.pooling) * self.config.hidden_size]
+        widths += [len(module.weight) for module in self.head if isinstance(module, Dense)]
+        return widths[-1]
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the vectors have unit length."""
+        return bool(self.head) and isinstance(self.head[-1], Normalize)
+
 
 def load_checkpoint(
     source: LocalCheckpoint, *, max_seq_length: int | None = None, normalize: bool | None = None
 ) -> Checkpoint:
-    """Read a BERT checkpoint in sentence-transformers or plain transformers layout.
+    """Read a checkpoint in sentence-transformers, uniem or plain transformers layout.
 
     Args:
         source: Folder and name.
@@ -85,15 +82,16 @@ def load_checkpoint(
         CheckpointError: Every reason found why this checkpoint cannot be converted.
         DependencyError: A package to read it with is missing.
     """
-    folder = source.folder
-    raw_config = read_json(folder / "config.json")
-    config = _read_config(raw_config, folder)
-    pooling, has_normalize = read_pooling(folder, raw_config, source.id)
-    own = read_json(folder / "config_sentence_transformers.json", default={})
+    folder = encoder_folder(source.folder)
+    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    modules = read_modules(source.folder, source.id)
+    _check_modules(modules, config, folder)
+    own = read_json(source.folder / "config_sentence_transformers.json", default={})
+    sentence_config = _read_sentence_config(folder)
     tokenizer_json = read_tokenizer(folder, config.vocab_size)
-    _check_lowercase(folder, tokenizer_json)
+    _check_lowercase(folder, sentence_config, tokenizer_json)
     prompts, default_prompt_name = _read_prompts(own, folder)
-    tensors, weights_sha256 = read_weights(folder)
+    tensors, weights_sha256 = read_weights(folder, ARCHITECTURES[config.architecture])
     _check_tensors(config, tensors, folder)
     return Checkpoint(
         folder=folder,
@@ -103,13 +101,30 @@ def load_checkpoint(
         tensors=tensors,
         weights_sha256=weights_sha256,
         tokenizer_json=tokenizer_json,
-        pooling=pooling,
-        normalize=has_normalize if normalize is None else normalize,
-        max_seq_length=_max_seq_length(folder, config, max_seq_length),
+        pooling=modules.pooling,
+        include_prompt=modules.include_prompt,
+        head=_normalised(modules.head, normalize),
+        max_seq_length=_max_seq_length(folder, config, sentence_config, max_seq_length),
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         similarity_fn_name=own.get("similarity_fn_name") or "cosine",
     )
+
+
+def position_rows(checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
+    """What is added to the word embeddings at each position, float32 (rows, embedding_size).
+
+    Sentence encoders see one segment and one task: row 0 of those tables is added to every position. Where positions
+    know pads, row 0 is a pad's and row n the n-th token's.
+    """
+    tensors, config = checkpoint.tensors, checkpoint.config
+    start = config.padding_position or 0
+    length = checkpoint.max_seq_length + (config.padding_position is not None)
+    rows: npt.NDArray[np.float32] = tensors["embeddings.position_embeddings.weight"][start : start + length].copy()
+    for name in ("embeddings.token_type_embeddings.weight", "embeddings.task_type_embeddings.weight"):
+        if name in tensors:
+            rows += tensors[name][0]
+    return rows
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -131,33 +146,38 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return content
 
 
-def _read_config(raw: dict[str, Any], folder: Path) -> BertConfig:
-    problems = []
-    if raw.get("model_type") != "bert":
-        problems.append(f"model_type is {raw.get('model_type')!r}, supported is 'bert'")
-    if "auto_map" in raw:
-        problems.append("it needs code of its own (auto_map), which is never run")
-    for name, accepted in (
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
-        if raw.get(name, accepted) != accepted:
-            problems.append(f"{name} is {raw[name]!r}, supported is {accepted!r}")
-    if str(raw.get("hidden_act", "gelu")) not in GELU_APPROXIMATION:
-        problems.append(f"hidden_act is {raw['hidden_act']!r}, supported are {', '.join(GELU_APPROXIMATION)}")
-    values: dict[str, Any] = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "type_vocab_size": 2}
-    for field in dataclasses.fields(BertConfig):
-        value = raw.get(field.name, values.get(field.name))
-        kind = {"int": int, "float": float, "str": str}[str(field.type)]
-        if type(value) is not kind or (isinstance(value, int) and value <= 0):
-            problems.append(f"{field.name} is {value!r}, expected a positive {field.type}")
-        values[field.name] = value
-    if not problems and values["hidden_size"] % values["num_attention_heads"]:
-        problems.append(f"hidden_size {values['hidden_size']} is no multiple of num_attention_heads")
-    if problems:
-        raise CheckpointError(f"{str(folder / 'config.json')!r} cannot be converted: {'; '.join(problems)}")
-    return BertConfig(**values)
+def _read_sentence_config(folder: Path) -> dict[str, Any]:
+    """sentence-transformers' own settings; older versions put the architecture's name into the file's."""
+    for kind in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
+        path = folder / f"sentence_{kind}_config.json"
+        if path.exists():
+            return read_json(path)
+    return {}
+
+
+def _normalised(head: tuple[Dense | Normalize, ...], asked: bool | None) -> tuple[Dense | Normalize, ...]:
+    """The head with a normalisation at its end, or without, as asked."""
+    if asked is None:
+        return head
+    while head and isinstance(head[-1], Normalize):
+        head = head[:-1]
+    return (*head, Normalize()) if asked else head
+
+
+def _check_modules(modules: Modules, config: EncoderConfig, folder: Path) -> None:
+    width = len(modules.pooling) * config.hidden_size
+    for module in modules.head:
+        if isinstance(module, Dense):
+            if module.weight.shape[1] != width:
+                raise CheckpointError(
+                    f"a Dense module of {str(folder)!r} takes {module.weight.shape[1]} values, before it are {width}"
+                )
+            width = len(module.weight)
+    if "embedding_last_mean" in modules.pooling and config.embedding_size != config.hidden_size:
+        raise CheckpointError(
+            f"{str(folder)!r} asks for uniem's embedding_last_mean, and its embeddings ({config.embedding_size}) are "
+            f"not as wide as its layers ({config.hidden_size})"
+        )
 
 
 def _read_prompts(own: dict[str, Any], folder: Path) -> tuple[dict[str, str], str | None]:
@@ -170,53 +190,34 @@ def _read_prompts(own: dict[str, Any], folder: Path) -> tuple[dict[str, str], st
     return prompts, default
 
 
-def _check_lowercase(folder: Path, tokenizer_json: bytes) -> None:
+def _check_lowercase(folder: Path, sentence_config: dict[str, Any], tokenizer_json: bytes) -> None:
     """Refuse what sentence-transformers would lowercase before a tokenizer that does not."""
-    asked = read_json(folder / "sentence_bert_config.json", default={}).get("do_lower_case")
     normalizer = json.loads(tokenizer_json).get("normalizer") or {}
-    if asked and not normalizer.get("lowercase"):
+    if sentence_config.get("do_lower_case") and not normalizer.get("lowercase"):
         raise CheckpointError(
             f"sentence_bert_config.json of {str(folder)!r} asks for do_lower_case and the tokenizer keeps case; set "
             "do_lower_case in tokenizer_config.json instead"
         )
 
 
-def _max_seq_length(folder: Path, config: BertConfig, asked: int | None) -> int:
+def _max_seq_length(folder: Path, config: EncoderConfig, sentence_config: dict[str, Any], asked: int | None) -> int:
     """sentence-transformers' rule: its own file, else the smaller of positions and the tokenizer's limit."""
-    limit = config.max_position_embeddings
-    own = read_json(folder / "sentence_bert_config.json", default={}).get("max_seq_length")
+    limit = config.max_seq_length
+    own = sentence_config.get("max_seq_length")
     if own is None:
         stated = read_json(folder / "tokenizer_config.json", default={}).get("model_max_length")
         own = min(limit, stated) if isinstance(stated, (int, float)) else limit
     length = own if asked is None else asked
     if type(length) is not int or not 3 <= length <= limit:
-        raise CheckpointError(f"max_seq_length is {length!r}, expected 3 to {limit} (the model's positions)")
+        raise CheckpointError(
+            f"max_seq_length is {length!r}, expected 3 to {limit} (the model's positions); "
+            "--max-seq-length sets another"
+        )
     return length
 
 
-def _check_tensors(config: BertConfig, tensors: Mapping[str, npt.NDArray[np.float32]], folder: Path) -> None:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    expected: dict[str, tuple[int, ...]] = {
-        "embeddings.word_embeddings.weight": (config.vocab_size, hidden),
-        "embeddings.position_embeddings.weight": (config.max_position_embeddings, hidden),
-        "embeddings.token_type_embeddings.weight": (config.type_vocab_size, hidden),
-    }
-    linears = {
-        "attention.self.query": (hidden, hidden),
-        "attention.self.key": (hidden, hidden),
-        "attention.self.value": (hidden, hidden),
-        "attention.output.dense": (hidden, hidden),
-        "intermediate.dense": (inner, hidden),
-        "output.dense": (hidden, inner),
-    }
-    norms = ["embeddings.LayerNorm"]
-    for i in range(config.num_hidden_layers):
-        for name, size in linears.items():
-            expected[f"encoder.layer.{i}.{name}.weight"] = size
-            expected[f"encoder.layer.{i}.{name}.bias"] = size[:1]
-        norms += [f"encoder.layer.{i}.attention.output.LayerNorm", f"encoder.layer.{i}.output.LayerNorm"]
-    for name in norms:
-        expected[f"{name}.weight"] = expected[f"{name}.bias"] = (hidden,)
+def _check_tensors(config: EncoderConfig, tensors: Mapping[str, npt.NDArray[np.float32]], folder: Path) -> None:
+    expected = expected_tensors(config)
     problems = []
     for name, shape in expected.items():
         if name not in tensors:
@@ -225,7 +226,9 @@ def _check_tensors(config: BertConfig, tensors: Mapping[str, npt.NDArray[np.floa
             problems.append(f"{name} has shape {tensors[name].shape}, config.json says {shape}")
         elif not np.isfinite(tensors[name]).all():
             problems.append(f"{name} has values that are not finite")
-    problems += [f"{name} is unknown in a BERT encoder" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{name} is unknown in a {config.architecture} encoder" for name in sorted(tensors.keys() - expected.keys())
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"the weights in {str(folder)!r} do not fit: {shown}")

@@ -1,4 +1,4 @@
-"""The functions of a BERT layer in numpy, in the precision of their arguments.
+"""The functions of an encoder layer in numpy, in the precision of their arguments.
 
 float64 serves the reference, float32 calibration.
 """
@@ -6,6 +6,7 @@ float64 serves the reference, float32 calibration.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     return y
 
 
-def attention(query: Array, key: Array, value: Array, num_heads: int) -> Array:
+def attention(query: Array, key: Array, value: Array, num_heads: int, bias: Array | None = None) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) within texts of one length.
 
     Args:
@@ -30,6 +31,7 @@ def attention(query: Array, key: Array, value: Array, num_heads: int) -> Array:
         key: (batch, seq_len, hidden).
         value: (batch, seq_len, hidden).
         num_heads: Heads that hidden is split into.
+        bias: Added to the scores, (heads, seq_len, seq_len); None for nothing.
 
     Returns:
         (batch, seq_len, hidden).
@@ -40,19 +42,68 @@ def attention(query: Array, key: Array, value: Array, num_heads: int) -> Array:
         return x.reshape(batch, seq_len, num_heads, -1).transpose(0, 2, 1, 3)  # (batch, heads, seq_len, head_dim)
 
     scores = split(query) @ split(key).swapaxes(-1, -2) / query.dtype.type(math.sqrt(hidden // num_heads))
+    if bias is not None:
+        scores += bias
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     context: Array = (weights @ split(value)).transpose(0, 2, 1, 3).reshape(query.shape)
     return context
 
 
-def gelu(x: Array, hidden_act: str) -> Array:
-    """Gaussian error linear unit (Hendrycks and Gimpel 2016, arXiv 1606.08415), exact for ``gelu``, else by tanh."""
-    if hidden_act == "gelu":
-        y: Array = x * (0.5 + 0.5 * erf(x * x.dtype.type(math.sqrt(0.5))))
-    else:
-        y = 0.5 * x * (1 + np.tanh(x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)))
+# Farther tokens share a bucket with those at this distance.
+FARTHEST = 128
+
+
+def bias_by_distance(table: Array) -> Array:
+    """MPNet's attention bias for each distance between two tokens (Song et al. 2020, arXiv 2004.09297).
+
+    The buckets are T5's (Raffel et al. 2020, arXiv 1910.10683): one for each short distance, logarithmic ones up to
+    `FARTHEST`, for either direction apart. Computed in float32 as PyTorch does, so that no distance falls into the
+    bucket beside its own (transformers: models/mpnet/modeling_mpnet.py, relative_position_bucket, which takes 32
+    buckets whatever the config says).
+
+    Args:
+        table: (32 or more buckets, heads).
+
+    Returns:
+        (heads, 2 FARTHEST + 1), for key position less query position from -FARTHEST to FARTHEST.
+    """
+    distance = np.arange(-FARTHEST, FARTHEST + 1)
+    n, exact = np.abs(distance), 8
+    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(FARTHEST / exact))
+    far = np.minimum(exact + (ratio * np.float32(exact)).astype(np.int64), 2 * exact - 1)
+    bias: Array = table[np.where(n < exact, n, far) + 2 * exact * (distance > 0)].T
+    return bias
+
+
+def gelu(x: Array) -> Array:
+    """Gaussian error linear unit (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    y: Array = x * (0.5 + 0.5 * erf(x * x.dtype.type(math.sqrt(0.5))))
     return y
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The same paper's approximation by tanh."""
+    y: Array = 0.5 * x * (1 + np.tanh(x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)))
+    return y
+
+
+def sigmoid(x: Array) -> Array:
+    """Logistic function, by tanh, which does not overflow."""
+    y: Array = 0.5 + 0.5 * np.tanh(0.5 * x)
+    return y
+
+
+# By the names in `architectures.ACTIVATIONS` and `modules.DENSE_ACTIVATIONS`.
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda x: x,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "tanh": np.tanh,
+}
 
 
 _ERF_STEP = 1 / 512

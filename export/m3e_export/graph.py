@@ -1,4 +1,4 @@
-"""BERT weights -> ONNX graph, packed: no arithmetic on padding.
+"""An encoder's weights -> ONNX graph, packed: no arithmetic on padding.
 
 Everything but attention works on the T real tokens of a batch, laid end to end as (T, hidden). Around attention
 the tokens are gathered into the padded rectangle (batch, seq_len, hidden) and back. Where a row has pads, the
@@ -16,8 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from m3e_export.architectures import ACTIVATIONS
 from m3e_export.builder import CONTRIB, GraphBuilder
-from m3e_export.checkpoint import GELU_APPROXIMATION, Checkpoint
+from m3e_export.checkpoint import Checkpoint, position_rows
+from m3e_export.encoder_math import FARTHEST, bias_by_distance
+from m3e_export.pooling_graph import PoolingNodes, append_function, append_head
+from m3e_export.walk import hidden_states
 
 
 class Weights:
@@ -77,28 +81,108 @@ def build_graph(
     config = checkpoint.config
     weights = weights or Weights(checkpoint)
     builder = GraphBuilder(["input_ids", "attention_mask"])
-    packing, ids, positions = _pack(builder)
-    hidden = _embeddings(builder, checkpoint, weights, ids, positions)
-    for i in range(config.num_hidden_layers):
-        hidden = _layer(builder, checkpoint, weights, i, hidden, packing)
+    packing, ids, positions = _pack(builder, config.padding_position)
+    steps = GraphSteps(builder, checkpoint, weights, packing, ids, positions)
+    words = steps.words()
+    first, *_, last = hidden_states(steps, config, words)
     builder.scope("pooling")
+    pooling = PoolingNodes(builder, packing.cell_index, include_prompt=checkpoint.include_prompt)
+    vectors = append_head(builder, checkpoint.head, pooling.pool(checkpoint.pooling, words, first, last))
     outputs: dict[str, tuple[str, list[int | str]]] = {
-        "sentence_embedding": (_pool(builder, checkpoint, hidden, packing), ["batch", config.hidden_size])
+        "sentence_embedding": (vectors, ["batch", checkpoint.embedding_dim])
     }
     if with_token_embeddings:
-        cells = _masked_cells(builder, hidden, packing)
+        cells = _masked_cells(builder, last, packing)
         outputs["last_hidden_state"] = (cells, ["batch", "seq_len", config.hidden_size])
     return builder.finish(outputs)
 
 
-def _pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
-    """Find the real tokens: their places, ids (T,) and positions (T,)."""
+class GraphSteps:
+    """The steps of `walk` as nodes of a graph; values are names of float32 (T, width).
+
+    Args:
+        builder: The graph.
+        checkpoint: The model.
+        weights: How the word embeddings and linear layers are stored.
+        packing: Where the tokens stand.
+        ids: Token ids (T,).
+        positions: Rows of `position_rows` (T,).
+    """
+
+    def __init__(
+        self,
+        builder: GraphBuilder,
+        checkpoint: Checkpoint,
+        weights: Weights,
+        packing: Packing,
+        ids: str,
+        positions: str,
+    ) -> None:
+        self._builder = builder
+        self._checkpoint = checkpoint
+        self._weights = weights
+        self._packing = packing
+        self._ids = ids
+        self._positions = positions
+        self._bias = _position_bias(builder, checkpoint)
+
+    def scope(self, name: str) -> None:
+        """Name the nodes that follow."""
+        self._builder.scope(name)
+
+    def words(self) -> str:
+        """Word embeddings."""
+        return self._weights.words(self._builder, self._ids)
+
+    def positions(self) -> str:
+        """What is added to the word embeddings."""
+        rows = position_rows(self._checkpoint)
+        name = self._builder.const("embeddings.position_embeddings.weight", rows)
+        return self._builder.op("Gather", name, self._positions)
+
+    def linears(self, site: str, names: Sequence[str], x: str) -> list[str]:
+        """Linear layers of one input."""
+        return self._weights.linears(self._builder, site, names, x)
+
+    def layer_norm(self, name: str, x: str) -> str:
+        """Layer normalisation."""
+        weight, bias = (
+            self._builder.const(f"{name}.{part}", self._checkpoint.tensors[f"{name}.{part}"])
+            for part in ("weight", "bias")
+        )
+        epsilon = self._checkpoint.config.layer_norm_eps
+        return self._builder.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+    def add(self, a: str, b: str) -> str:
+        """Sum."""
+        return self._builder.op("Add", a, b)
+
+    def attention(self, query: str, key: str, value: str) -> str:
+        """Attention within each text."""
+        return _attention(self._builder, self._checkpoint, query, key, value, self._packing, self._bias)
+
+    def activation(self, x: str) -> str:
+        """The feed-forward block's activation."""
+        return append_function(self._builder, ACTIVATIONS[self._checkpoint.config.hidden_act], x)
+
+
+def _pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, str, str]:
+    """Find the real tokens: their places, ids (T,) and rows of the position table (T,)."""
     builder.scope("packing")
     shape = builder.op("Shape", "attention_mask")
     mask = builder.op("Reshape", "attention_mask", builder.int64(-1))
     token_index = builder.op("Reshape", builder.op("NonZero", mask), builder.int64(-1))
     ids = builder.op("Gather", builder.op("Reshape", "input_ids", builder.int64(-1)), token_index)
-    positions = builder.op("Mod", token_index, builder.op("Gather", shape, builder.const("one", 1, np.int64)))
+    if padding_position is None:
+        positions = builder.op("Mod", token_index, builder.op("Gather", shape, builder.const("one", 1, np.int64)))
+    else:
+        # Pad tokens in a text have row 0 and are not counted (transformers: create_position_ids_from_input_ids).
+        is_pad = builder.op("Equal", "input_ids", builder.const("pad_token_id", padding_position, np.int64))
+        counted = builder.op("Cast", builder.op("Not", is_pad), to=onnx.TensorProto.INT64)
+        counted = builder.op("Mul", counted, "attention_mask")
+        count = builder.op("CumSum", counted, builder.const("one", 1, np.int64))
+        rows = builder.op("Reshape", builder.op("Mul", count, counted), builder.int64(-1))
+        positions = builder.op("Gather", rows, token_index)
     # A running count of real tokens, less one, is the packed place of the last real token up to each cell. Before the
     # first one it is -1, which Gather reads as the last token of all: any token will do.
     count = builder.op("CumSum", mask, builder.const("zero", 0, np.int64))
@@ -107,86 +191,34 @@ def _pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
     return Packing(token_index, cell_index, mask32), ids, positions
 
 
-def _embeddings(builder: GraphBuilder, checkpoint: Checkpoint, weights: Weights, ids: str, positions: str) -> str:
-    """Word + position + token type 0, normalised: (T, hidden)."""
-    builder.scope("embeddings")
-    tensors = checkpoint.tensors
-    # Sentence encoders see one segment: its row is added to every position.
-    position_rows = (
-        tensors["embeddings.position_embeddings.weight"] + tensors["embeddings.token_type_embeddings.weight"][0]
-    )
-    rows = builder.const("embeddings.position_embeddings.weight", position_rows[: checkpoint.max_seq_length])
-    total = builder.op("Add", weights.words(builder, ids), builder.op("Gather", rows, positions))
-    return _layer_norm(builder, checkpoint, "embeddings.LayerNorm", total)
-
-
-def _layer(
-    builder: GraphBuilder, checkpoint: Checkpoint, weights: Weights, i: int, hidden: str, packing: Packing
-) -> str:
-    """One encoder layer, post-norm: (T, hidden) -> (T, hidden)."""
-    builder.scope(f"layer_{i}")
-    layer = f"encoder.layer.{i}"
-    query, key, value = weights.linears(builder, f"{layer}.attention.self", ("query", "key", "value"), hidden)
-    context = _attention(builder, checkpoint, query, key, value, packing)
-    (attended,) = weights.linears(builder, f"{layer}.attention.output", ("dense",), context)
-    hidden = _layer_norm(
-        builder, checkpoint, f"{layer}.attention.output.LayerNorm", builder.op("Add", attended, hidden)
-    )
-    (inner,) = weights.linears(builder, f"{layer}.intermediate", ("dense",), hidden)
-    inner = builder.op("Gelu", inner, approximate=GELU_APPROXIMATION[checkpoint.config.hidden_act])
-    (outer,) = weights.linears(builder, f"{layer}.output", ("dense",), inner)
-    return _layer_norm(builder, checkpoint, f"{layer}.output.LayerNorm", builder.op("Add", outer, hidden))
-
-
 def _attention(
-    builder: GraphBuilder, checkpoint: Checkpoint, query: str, key: str, value: str, packing: Packing
+    builder: GraphBuilder, checkpoint: Checkpoint, query: str, key: str, value: str, packing: Packing, bias: str
 ) -> str:
     """Self-attention within each text: three times (T, hidden) -> (T, hidden)."""
     cells = [builder.op("Gather", part, packing.cell_index) for part in (query, key, value)]
     context = builder.op(
-        "MultiHeadAttention", *cells, "", packing.mask,
+        "MultiHeadAttention", *cells, "", packing.mask, *([bias] if bias else []),
         domain=CONTRIB, num_heads=checkpoint.config.num_attention_heads,
     )  # fmt: skip
     flat = builder.op("Reshape", context, builder.int64(-1, checkpoint.config.hidden_size))
     return builder.op("Gather", flat, packing.token_index)
 
 
-def _layer_norm(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value: str) -> str:
-    weight, bias = (
-        builder.const(f"{name}.{part}", checkpoint.tensors[f"{name}.{part}"]) for part in ("weight", "bias")
-    )
-    return builder.op("LayerNormalization", value, weight, bias, axis=-1, epsilon=checkpoint.config.layer_norm_eps)
-
-
-def _pool(builder: GraphBuilder, checkpoint: Checkpoint, hidden: str, packing: Packing) -> str:
-    """(T, hidden) -> (batch, dim), in FP32, at unit length if the checkpoint says so."""
-    (pooling,) = checkpoint.pooling
-    embedding = {"mean": _mean, "cls": _cls}[pooling](builder, hidden, packing)
-    if not checkpoint.normalize:
-        return embedding
-    norm = builder.op("ReduceL2", embedding, builder.int64(1), keepdims=1)
-    # The bound is torch.nn.functional.normalize's.
-    return builder.op("Div", embedding, builder.op("Max", norm, builder.const("norm_bound", 1e-12, np.float32)))
-
-
-def _mean(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
-    """Mean over the real tokens; a text without any gives zeros (sentence-transformers: modules/pooling.py).
-
-    The sum is a product with the mask, text by text: onnxruntime's ReduceSum adds in another order for one text than
-    for many.
-    """
-    cells = builder.op("Gather", hidden, packing.cell_index)
-    mask = builder.op("Unsqueeze", builder.op("Cast", packing.mask, to=onnx.TensorProto.FLOAT), builder.int64(1))
-    total = builder.op("Squeeze", builder.op("MatMul", mask, cells), builder.int64(1))
-    length = builder.op("Cast", builder.op("ReduceSum", "attention_mask", builder.int64(1), keepdims=1),
-                        to=onnx.TensorProto.FLOAT)  # fmt: skip
-    return builder.op("Div", total, builder.op("Max", length, builder.const("one_float", 1, np.float32)))
-
-
-def _cls(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
-    """The first token of each text."""
-    first = builder.op("Gather", packing.cell_index, builder.const("zero", 0, np.int64), axis=1)
-    return builder.op("Gather", hidden, first)
+def _position_bias(builder: GraphBuilder, checkpoint: Checkpoint) -> str:
+    """What relative positions add to attention's scores, (1, heads, seq_len, seq_len); empty where nothing."""
+    table = checkpoint.tensors.get("encoder.relative_attention_bias.weight")
+    if table is None:
+        return ""
+    by_distance = builder.const("relative_attention_bias", bias_by_distance(table))
+    zero, one = (builder.const(name, value, np.int64) for name, value in (("zero", 0), ("one", 1)))
+    seq_len = builder.op("Gather", builder.op("Shape", "attention_mask"), one)
+    place = builder.op("Range", zero, seq_len, one)
+    distance = builder.op("Sub", builder.op("Unsqueeze", place, builder.int64(0)),
+                          builder.op("Unsqueeze", place, builder.int64(1)))  # fmt: skip
+    farthest = builder.const("farthest", FARTHEST, np.int64)
+    distance = builder.op("Clip", distance, builder.const("minus_farthest", -FARTHEST, np.int64), farthest)
+    index = builder.op("Add", distance, farthest)
+    return builder.op("Unsqueeze", builder.op("Gather", by_distance, index, axis=1), builder.int64(0))
 
 
 def _masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:

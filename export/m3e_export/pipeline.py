@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import safetensors.numpy
 import tokenizers
 
 from m3e import manifest as manifest_format
@@ -39,6 +40,7 @@ from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.evaluate import Pair, read_pairs
 from m3e_export.graph import build_graph
 from m3e_export.int8 import Int8Weights
+from m3e_export.modules import Dense, Normalize
 from m3e_export.publish import check_target, staged
 from m3e_export.quantize import quantize
 from m3e_export.reference import reference_name
@@ -158,7 +160,7 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
     _write(folder / "tokenizer.json", checkpoint.tokenizer_json)
-    kinds = ["Transformer", "Pooling"] + ["Normalize"] * checkpoint.normalize
+    kinds = ["Transformer", "Pooling", *(type(module).__name__ for module in checkpoint.head)]
     paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -168,8 +170,16 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": checkpoint.max_seq_length, "do_lower_case": False}
     )
-    pooling = {"embedding_dimension": checkpoint.config.hidden_size, "pooling_mode": list(checkpoint.pooling)}
+    pooling = {
+        "embedding_dimension": checkpoint.config.hidden_size,
+        "pooling_mode": list(checkpoint.pooling),
+        "include_prompt": checkpoint.include_prompt,
+    }
     _write_json(folder / "1_Pooling" / "config.json", pooling)
+    for module, path in zip(checkpoint.head, paths[2:], strict=True):
+        if isinstance(module, Dense):
+            _write_json(folder / path / "config.json", module.to_config())
+            _write(folder / path / "model.safetensors", safetensors.numpy.save(module.to_tensors()))
 
 
 def _write_graph(
@@ -210,13 +220,13 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
     files = {
         path.relative_to(folder).as_posix(): _fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    zeros = encode_array(np.zeros((2, config.hidden_size), dtype=np.float32))
+    zeros = encode_array(np.zeros((2, checkpoint.embedding_dim), dtype=np.float32))
     return Manifest(
         format_version=FORMAT_VERSION,
         created_with={module.__name__: str(module.__version__) for module in (onnx, onnxruntime, tokenizers, np)},
         model=Model(
-            architecture="bert",
-            embedding_dim=config.hidden_size,
+            architecture=config.architecture,
+            embedding_dim=checkpoint.embedding_dim,
             num_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             hidden_size=config.hidden_size,
@@ -224,6 +234,7 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
             vocab_size=config.vocab_size,
             max_seq_length=checkpoint.max_seq_length,
             pooling=checkpoint.pooling,
+            include_prompt=checkpoint.include_prompt,
             normalize=checkpoint.normalize,
             prompts=checkpoint.prompts,
             default_prompt_name=checkpoint.default_prompt_name,
@@ -278,9 +289,10 @@ def _ranges(embeddings: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> st
 
 
 def _space_id(checkpoint: Checkpoint) -> str:
-    """Hash what decides whether vectors may be compared: weights, tokenizer, pooling, normalisation."""
+    """Hash what decides whether vectors may be compared: weights, tokenizer, pooling and what follows it."""
+    head = ["normalize" if isinstance(module, Normalize) else module.fingerprint() for module in checkpoint.head]
     decides = [checkpoint.weights_sha256, hashlib.sha256(checkpoint.tokenizer_json).hexdigest(),
-               *checkpoint.pooling, str(checkpoint.normalize)]  # fmt: skip
+               *checkpoint.pooling, str(checkpoint.include_prompt), *head]  # fmt: skip
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:16]
 
 

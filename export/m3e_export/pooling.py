@@ -1,87 +1,63 @@
-"""Which pooling a checkpoint was trained with: read, never guessed."""
+"""Tokens -> a sentence's vector in numpy, one text at a time.
+
+`pooling_graph` does the same in a graph, for a batch. The poolings are sentence-transformers' (sentence_transformers:
+sentence_transformer/modules/pooling.py) and uniem's (uniem: uniem/model.py).
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from m3e.errors import CheckpointError
+import numpy as np
+import numpy.typing as npt
 
-# Keys of the older 1_Pooling/config.json -> names of the newer one, in the order in which their vectors are
-# concatenated (huggingface/sentence-transformers: sentence_transformer/modules/pooling.py).
-_LEGACY_KEYS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
+from m3e_export.checkpoint import Checkpoint
+from m3e_export.encoder_math import FUNCTIONS
+from m3e_export.modules import DENSE_ACTIVATIONS, Dense
+
+Array = npt.NDArray[Any]
+
+# Of the last layer's tokens (n, hidden) and the tokens' positions in the text, which count from 1.
+_OF_LAST: dict[str, Callable[[Array, Array], Array]] = {
+    "cls": lambda tokens, positions: tokens[0],
+    "lasttoken": lambda tokens, positions: tokens[-1],
+    "max": lambda tokens, positions: tokens.max(axis=0),
+    "mean": lambda tokens, positions: tokens.mean(axis=0),
+    "mean_sqrt_len_tokens": lambda tokens, positions: tokens.sum(axis=0) / np.sqrt(len(tokens)),
+    "weightedmean": lambda tokens, positions: positions @ tokens / positions.sum(),
 }
-SUPPORTED = ("mean", "cls")
-# uniem's strategies (wangyuxinwhy/uniem: uniem/model.py, PoolingStrategy) that are one of ours.
-_UNIEM = {"last_mean": "mean", "cls": "cls"}
+# The other value whose mean is averaged with the last layer's mean.
+AVERAGED = {"first_last_mean": "first", "embedding_last_mean": "words"}
 
 
-def read_pooling(folder: Path, config: dict[str, Any], name: str) -> tuple[tuple[str, ...], bool]:
-    """Read the modules behind the encoder.
+def embed_sentence(checkpoint: Checkpoint, words: Array, first: Array, last: Array) -> Array:
+    """Pool one text's tokens and put them through the checkpoint's head.
 
     Args:
-        folder: The checkpoint's folder.
-        config: Content of its ``config.json``.
-        name: Hub id or folder name; a BERT without a pooling file that names M3E gets mean, M3E's own pooling.
+        checkpoint: The model.
+        words: Word embeddings, (n_tokens, embedding_size).
+        first: The embeddings, normalised: what goes into the first layer, (n_tokens, hidden).
+        last: The last layer's output, (n_tokens, hidden).
 
     Returns:
-        The poolings, and whether a Normalize module follows.
-
-    Raises:
-        CheckpointError: No pooling is recorded, or one that is not supported.
+        (embedding_dim,), in the arguments' precision.
     """
-    modules_file = folder / "modules.json"
-    if modules_file.exists():
-        try:
-            modules = json.loads(modules_file.read_text(encoding="utf-8"))
-            kinds = [(module["type"].rsplit(".", 1)[-1], module["path"]) for module in modules]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{str(modules_file)!r} is no list of modules: {error!r}") from error
-        order = [kind for kind, _ in kinds]
-        if order not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise CheckpointError(
-                f"{str(modules_file)!r} has the modules {', '.join(order)}; "
-                "supported are Transformer, Pooling and, last, Normalize"
-            )
-        if kinds[0][1] not in ("", "."):
-            raise CheckpointError(f"the Transformer module lies in {kinds[0][1]!r}; expected it in the folder itself")
-        return _read_pooling_config(folder / kinds[1][1] / "config.json"), order[-1] == "Normalize"
-    if (folder / "1_Pooling" / "config.json").exists():
-        return _read_pooling_config(folder / "1_Pooling" / "config.json"), False
-    strategy = config.get("uniem_pooling_strategy", config.get("uniem_embedding_strategy"))
-    if strategy is not None:
-        if strategy not in _UNIEM:
-            raise CheckpointError(f"uniem's pooling {strategy!r} is not supported; supported are {', '.join(_UNIEM)}")
-        return (_UNIEM[strategy],), False
-    if "m3e" in f"{name} {config.get('_name_or_path', '')}".lower():
-        return ("mean",), False
-    raise CheckpointError(
-        f"{str(folder)!r} does not say how its tokens are pooled: it has neither modules.json nor "
-        '1_Pooling/config.json. Add 1_Pooling/config.json, for mean pooling with {"pooling_mode": "mean"}'
-    )
-
-
-def _read_pooling_config(path: Path) -> tuple[str, ...]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        mode = config.get("pooling_mode")
-        if mode is None:
-            # Without any key set, sentence-transformers takes mean.
-            mode = [name for key, name in _LEGACY_KEYS.items() if config.get(key)] or ["mean"]
-        modes = (mode,) if isinstance(mode, str) else tuple(mode)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
-    if len(modes) != 1 or modes[0] not in SUPPORTED:
-        raise CheckpointError(
-            f"{str(path)!r} asks for pooling {' + '.join(map(str, modes))}; supported is one of {', '.join(SUPPORTED)}"
-        )
-    if config.get("include_prompt") is False:
-        raise CheckpointError(f"{str(path)!r} leaves the prompt out of the pooling; that is not supported")
-    return modes
+    positions = np.arange(1, len(last) + 1, dtype=last.dtype)
+    parts = []
+    for pooling in checkpoint.pooling:
+        if pooling in AVERAGED:
+            other = {"first": first, "words": words}[AVERAGED[pooling]]
+            parts.append((other.mean(axis=0) + last.mean(axis=0)) / 2)
+        else:
+            parts.append(_OF_LAST[pooling](last, positions))
+    vector: Array = np.concatenate(parts)
+    for module in checkpoint.head:
+        if isinstance(module, Dense):
+            vector = module.weight.astype(vector.dtype) @ vector
+            if module.bias is not None:
+                vector = vector + module.bias
+            vector = FUNCTIONS[DENSE_ACTIVATIONS[module.activation]](vector)
+        else:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return vector

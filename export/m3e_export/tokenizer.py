@@ -6,20 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3e.errors import CheckpointError
+from m3e.errors import CheckpointError, DependencyError
 
-# tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' BertTokenizer lets the first
-# overrule the second, its defaults included; other classes take tokenizer.json as it is.
+# tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' WordPiece tokenizers let the
+# first overrule the second, their defaults included; other classes take tokenizer.json as it is.
 _NORMALIZER_OPTIONS = {
     "do_lower_case": ("lowercase", True),
     "strip_accents": ("strip_accents", None),
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
-_BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", None)  # None: left open, and config.json says bert
+_BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", None)  # None: left open
+_WORDPIECE_CLASSES = (*_BERT_CLASSES, "MPNetTokenizer")
+# Vocabularies of tokenizers that transformers can make a tokenizer.json of.
+_VOCABULARIES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
-    """Read ``tokenizer.json``, or build it from ``vocab.txt``.
+    """Read ``tokenizer.json``, or build it from BERT's ``vocab.txt``, or let transformers build it from other files.
 
     Args:
         folder: The checkpoint's folder.
@@ -29,24 +32,29 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
         Content of a ``tokenizer.json``, without truncation or padding.
 
     Raises:
+        DependencyError: Files that only transformers can read, and it is not installed.
         CheckpointError: No tokenizer, a damaged one, or one with more tokens than the model has embeddings.
     """
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    options, overrule = _read_options(folder / "tokenizer_config.json")
+    options, kind = _read_options(folder / "tokenizer_config.json")
     if path.exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if overrule and (content.get("normalizer") or {}).get("type") == "BertNormalizer":
+            if kind in _WORDPIECE_CLASSES and (content.get("normalizer") or {}).get("type") == "BertNormalizer":
                 content["normalizer"].update(options)
             tokenizer = Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{str(path)!r} cannot be read as a tokenizer: {error}") from error
-    elif (folder / "vocab.txt").exists():
+    elif (folder / "vocab.txt").exists() and kind in _BERT_CLASSES:
         tokenizer = _from_vocabulary(folder / "vocab.txt", options)
+    elif any((folder / name).exists() for name in _VOCABULARIES):
+        tokenizer = _by_transformers(folder)
     else:
-        raise CheckpointError(f"{str(folder)!r} has no tokenizer: expected tokenizer.json or vocab.txt")
+        raise CheckpointError(
+            f"{str(folder)!r} has no tokenizer: expected tokenizer.json or vocab.txt, or {', '.join(_VOCABULARIES[1:])}"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -57,14 +65,40 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
     return str(tokenizer.to_str(pretty=False)).encode("utf-8")
 
 
-def _read_options(path: Path) -> tuple[dict[str, Any], bool]:
-    """The BertNormalizer's arguments, and whether they overrule a ``tokenizer.json``."""
+def _read_options(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The BertNormalizer's arguments, and the name of the tokenizer's class."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         options = {ours: content.get(theirs, default) for theirs, (ours, default) in _NORMALIZER_OPTIONS.items()}
-        return options, content.get("tokenizer_class") in _BERT_CLASSES
+        kind = content.get("tokenizer_class")
+        return options, None if kind is None else str(kind).removesuffix("Fast")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _by_transformers(folder: Path) -> Any:
+    """Have transformers make a ``tokenizer.json`` of older files."""
+    from tokenizers import Tokenizer
+
+    way_out = (
+        "or write tokenizer.json where it works: "
+        "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DependencyError(
+            f"{str(folder)!r} has no tokenizer.json, and making one of its files needs transformers: "
+            f'pip install "m3e-runtime[torch]" sentencepiece protobuf, {way_out}'
+        ) from error
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # transformers raises all kinds
+        raise CheckpointError(
+            f"transformers cannot make a tokenizer.json of the files in {str(folder)!r} ({error}). Install what it "
+            f"asks for (pip install sentencepiece protobuf), {way_out}"
+        ) from error
 
 
 def _from_vocabulary(path: Path, options: dict[str, Any]) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,94 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import CheckpointError, DependencyError
+from m3e_export.architectures import Architecture
 
 Float32Array = npt.NDArray[np.float32]
 
-# Heads that the encoder does not use: pooler, masked language model, next sentence; and a buffer of positions.
-_UNUSED = ("pooler.", "cls.", "embeddings.position_ids", "lm_head.", "classifier.")
+# Parts that the encoder's output does not depend on: poolers, heads of pre-training and of other tasks, buffers.
+_UNUSED = (
+    "pooler.", "cls.", "lm_head.", "classifier.", "pre_classifier.", "qa_outputs.", "predictions.",
+    "discriminator_predictions.", "generator_predictions.", "generator_lm_head.",
+    "vocab_transform.", "vocab_layer_norm.", "vocab_projector.",
+    "embeddings.position_ids", "embeddings.token_type_ids",
+)  # fmt: skip
 # Names in checkpoints that came from TensorFlow.
-_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+_ADAPTERS = (".lora_", "base_model.model.", ".prefix_encoder.", ".adapters.")
 
 
-def read_weights(folder: Path) -> tuple[Mapping[str, Float32Array], str]:
-    """Read a checkpoint's tensors, ``model.safetensors`` before ``pytorch_model.bin``.
-
-    Args:
-        folder: The folder with the weight file.
-
-    Returns:
-        Tensors by BERT's own names, without the ``bert.`` prefix and without heads; and the file's sha256.
+def find_weights(folder: Path) -> list[Path]:
+    """Find a checkpoint's weight files: safetensors before pickles, one file before several.
 
     Raises:
-        CheckpointError: No weight file, or one that cannot be read.
-        DependencyError: ``pytorch_model.bin`` without torch.
+        CheckpointError: There are none, or an adapter lies in their place.
     """
-    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safetensors.exists():
-        path, tensors = safetensors, _read_safetensors(safetensors)
-    elif pickled.exists():
-        path, tensors = pickled, _read_pickled(pickled)
-    else:
+    names = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            names = [name]
+        elif index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{str(index)!r} is no index of weight files: {error!r}") from error
+        if names:
+            break
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{str(folder)!r} holds an adapter (adapter_config.json). Merge it into its model first: with peft, "
+            "model.merge_and_unload() and then save_pretrained"
+        )
+    if not names:
         raise CheckpointError(
             f"{str(folder)!r} has no weights: expected model.safetensors or pytorch_model.bin, found "
             f"{', '.join(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _normalise_names(tensors), digest
+    return [folder / name for name in names]
 
 
-def _read_safetensors(path: Path) -> dict[str, Float32Array]:
+def read_tensors(paths: Sequence[Path]) -> dict[str, Float32Array]:
+    """Read weight files as they are.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
+        DependencyError: ``pytorch_model.bin`` without torch.
+    """
+    tensors: dict[str, Float32Array] = {}
+    for path in paths:
+        tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    return {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
+
+
+def read_weights(folder: Path, architecture: Architecture) -> tuple[Mapping[str, Float32Array], str]:
+    """Read an encoder's tensors.
+
+    Args:
+        folder: The folder with the weight files.
+        architecture: What they are called there.
+
+    Returns:
+        Tensors by BERT's own names, without prefix and without heads; and the sha256 of the weight file (of several: of
+        their digests).
+
+    Raises:
+        CheckpointError: No weight file, one that cannot be read, or an adapter's weights.
+        DependencyError: ``pytorch_model.bin`` without torch.
+    """
+    paths = find_weights(folder)
+    digests = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return _normalise_names(read_tensors(paths), architecture, folder), whole
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
     import safetensors
 
     with contextlib.suppress(ImportError):
@@ -61,7 +112,7 @@ def _read_safetensors(path: Path) -> dict[str, Float32Array]:
         raise CheckpointError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
 
 
-def _read_pickled(path: Path) -> dict[str, Float32Array]:
+def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -76,12 +127,22 @@ def _read_pickled(path: Path) -> dict[str, Float32Array]:
         raise CheckpointError(f"{str(path)!r} cannot be read as a PyTorch state dict: {error}") from error
 
 
-def _normalise_names(tensors: Mapping[str, Float32Array]) -> Mapping[str, Float32Array]:
-    normalised = {}
+def _normalise_names(
+    tensors: Mapping[str, Float32Array], architecture: Architecture, folder: Path
+) -> Mapping[str, Float32Array]:
+    normalised: dict[str, Float32Array] = {}
     for original, tensor in tensors.items():
-        name = original.removeprefix("bert.")
-        for old, new in _RENAMED.items():
+        if any(part in f".{original}" for part in _ADAPTERS):
+            raise CheckpointError(
+                f"the weights in {str(folder)!r} hold an adapter that is not merged ({original}). Merge it into the "
+                "model first: with peft, model.merge_and_unload() and then save_pretrained"
+            )
+        name = original.removeprefix(architecture.prefix)
+        for old, new in (*_RENAMED, *architecture.tensor_names):
             name = name.replace(old, new)
-        if not name.startswith(_UNUSED):
-            normalised[name] = np.ascontiguousarray(tensor, dtype=np.float32)
+        if name.startswith(_UNUSED):
+            continue
+        if name in normalised:
+            raise CheckpointError(f"the weights in {str(folder)!r} hold {name} twice, with and without a prefix")
+        normalised[name] = tensor
     return normalised

@@ -122,13 +122,16 @@ class Encoder:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         single = isinstance(sentences, str)
         texts = check_texts([sentences] if isinstance(sentences, str) else sentences)
-        tokens = self._tokenizer(self._with_prompt(texts, prompt_name, prompt))
+        prompt = self._prompt(prompt_name, prompt)
+        tokens = self._tokenizer([prompt + text for text in texts] if prompt else texts)
+        prompt_length = self._prompt_length(prompt)
         self._warn_of_truncation(tokens)
         embeddings = np.empty((len(texts), self.manifest.model.embedding_dim), dtype=np.float32)
         with progress_bar(len(texts), "text", show_progress_bar) as progress:
             for rows in plan_batches(tokens.n_tokens, _MAX_BATCH_TOKENS, batch_size):
                 width = int(attention_length(tokens.n_tokens[rows]).max())
-                embeddings[rows] = self._session_here().run([tokens.input_ids[row] for row in rows], width)
+                input_ids = [tokens.input_ids[row] for row in rows]
+                embeddings[rows] = self._session_here().run(input_ids, width, prompt_length=prompt_length)
                 progress.update(len(rows))
         finished = self._finish(embeddings, precision, normalize_embeddings, truncate_dim)
         return finished[0] if single else finished
@@ -215,7 +218,7 @@ class Encoder:
                     self._open(Bundle(self._folder))
         return self._session
 
-    def _with_prompt(self, texts: list[str], prompt_name: str | None, prompt: str | None) -> list[str]:
+    def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
         model = self.manifest.model
         if prompt is None:
             name = model.default_prompt_name if prompt_name is None else prompt_name
@@ -223,7 +226,13 @@ class Encoder:
                 available = ", ".join(map(repr, model.prompts)) or "none"
                 raise InputError(f"there is no prompt named {name!r}; the bundle has {available}")
             prompt = "" if name is None else model.prompts[name]
-        return [prompt + text for text in texts] if prompt else texts
+        return prompt
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt that is not pooled, [CLS] included and the closing [SEP] not."""
+        if self.manifest.model.include_prompt or not prompt:
+            return 0
+        return int(self._tokenizer([prompt]).n_tokens[0]) - 1
 
     def _default_prompt(self, names: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments.get("prompt") is None and arguments.get("prompt_name") is None:

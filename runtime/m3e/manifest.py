@@ -38,6 +38,7 @@ class Model:
     vocab_size: int
     max_seq_length: int
     pooling: tuple[str, ...]
+    include_prompt: bool
     normalize: bool
     prompts: dict[str, str]
     default_prompt_name: str | None

@@ -45,7 +45,12 @@ class Session:
         _return_freed_memory()
 
     def run(
-        self, input_ids: list[list[int]], seq_len: int | None = None, output: str = "sentence_embedding"
+        self,
+        input_ids: list[list[int]],
+        seq_len: int | None = None,
+        output: str = "sentence_embedding",
+        *,
+        prompt_length: int = 0,
     ) -> Float32Array:
         """Run one batch.
 
@@ -53,6 +58,7 @@ class Session:
             input_ids: Token ids of each text, special tokens included.
             seq_len: Width to pad to; None for the longest text.
             output: Name of the graph's output.
+            prompt_length: Tokens at the start of each text that are not pooled; only for models that leave prompts out.
 
         Returns:
             float32 (batch, dim) for ``sentence_embedding``, (batch, seq_len, hidden_size) for ``last_hidden_state``.
@@ -60,8 +66,11 @@ class Session:
         Raises:
             InferenceError: onnxruntime failed, or gave a value that is not finite.
         """
+        inputs = pad(input_ids, seq_len)
+        if prompt_length:
+            inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)
         try:
-            (result,) = self._session.run([output], pad(input_ids, seq_len))
+            (result,) = self._session.run([output], inputs)
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
         if not np.isfinite(result).all():
