@@ -91,9 +91,7 @@ class Batcher:
             self._scheduler.cancel(job)  # also when the caller is interrupted
         if job.error is not None:
             raise job.error
-        vectors = self.encoder.finish(
-            job.vectors, normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim
-        )
+        vectors = self.encoder.finish(job.vectors, normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim)
         return vectors[0] if single else vectors
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
@@ -107,4 +105,3 @@ class Batcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(drain=kind is None)
-

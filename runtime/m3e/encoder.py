@@ -200,6 +200,21 @@ class Encoder:
             embeddings[rows] = self._session_here().run([input_ids[row] for row in rows], width)
         return embeddings
 
+    def embed_tokens(self, input_ids: list[int]) -> Float32Array:
+        """Give a vector for every token of one text, not normalised.
+
+        Returns:
+            float32 (tokens, hidden_size).
+
+        Raises:
+            InferenceError: The model failed.
+            InputError: The graph gives no such vectors.
+        """
+        if "last_hidden_state" not in self._graph.outputs:
+            raise InputError("this bundle gives no token vectors; convert again with --with-token-embeddings")
+        tokens: Float32Array = self._session_here().run([input_ids], output="last_hidden_state")[0]
+        return tokens
+
     def finish(
         self, embeddings: Float32Array, *, normalize_embeddings: bool = False, truncate_dim: int | None = None
     ) -> Float32Array:

@@ -150,9 +150,7 @@ class Scheduler:
         wait_s = self.predicted_wait_s()
         full = queue.n_tokens > 0 and queue.n_tokens + job.n_tokens > self._max_queue_tokens
         slow = (
-            self._max_queue_ms is not None
-            and wait_s * 1000 > self._max_queue_ms
-            and queue.n_jobs >= _ALWAYS_ADMITTED
+            self._max_queue_ms is not None and wait_s * 1000 > self._max_queue_ms and queue.n_jobs >= _ALWAYS_ADMITTED
         )
         if full or slow:
             raise OverloadedError(
@@ -192,7 +190,7 @@ class Scheduler:
                 if not item.job.done:
                     with self._turn.alone():
                         self._try(embed, [item])
-        except Exception as error:  # noqa: BLE001 (a thread that ends would leave its callers waiting for ever)
+        except Exception as error:
             self._isolate(embed, batch, error)
         else:
             seconds = time.monotonic() - now
@@ -225,7 +223,7 @@ class Scheduler:
     def _attempt(self, embed: Embed, batch: list[Item]) -> Exception | None:
         try:
             vectors = self._embed(embed, batch)
-        except Exception as error:  # noqa: BLE001 (as in _run)
+        except Exception as error:
             return error
         self._complete(batch, vectors)
         return None
