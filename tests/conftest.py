@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.checkpoints import write_checkpoint
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
+from tests.server_process import Server, running
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,21 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     target = tmp_path_factory.mktemp("bundles") / "tiny"
     convert(str(tiny_checkpoint), target)
     return target
+
+
+@pytest.fixture(scope="session")
+def token_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_bundle`, with an output for every token."""
+    target = tmp_path_factory.mktemp("bundles") / "tiny"
+    convert(str(tiny_checkpoint), target, with_token_embeddings=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def server(token_bundle: Path) -> Iterator[Server]:
+    """One server for every test that only asks."""
+    with running(token_bundle, "--max-client-batch-size", "40", "--max-body-bytes", "2000000") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -164,13 +164,14 @@ class AsyncEncoder:
 
     async def __aenter__(self) -> AsyncEncoder:
         if isinstance(self._bundle, Encoder):
-            self._encoder = self._bundle
+            encoder = self._bundle
         else:
-            self._encoder = await asyncio.to_thread(Encoder, self._bundle, **self._open_arguments)  # type: ignore[arg-type]
+            encoder = await asyncio.to_thread(Encoder, self._bundle, **self._open_arguments)  # type: ignore[arg-type]
+        self._encoder = encoder
         self._awaiter = JobAwaiter(asyncio.get_running_loop())
         self._scheduler = Scheduler(
-            [self._encoder.embed],
-            dim=self._encoder.get_sentence_embedding_dimension(),
+            [encoder.embed],
+            dim=encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=self._max_queue_tokens,
             max_queue_ms=self._max_queue_ms,
             deliver=self._awaiter.deliver,

@@ -178,8 +178,13 @@ class Encoder:
 
         Raises:
             InputError: As `encode`.
+
+        Warns:
+            TruncationWarning: As `encode`.
         """
-        return self._tokenizer(self._with_prompt(check_texts(sentences), prompt_name, prompt))
+        tokens = self._tokenizer(self._with_prompt(check_texts(sentences), prompt_name, prompt))
+        self._warn_of_truncation(tokens)
+        return tokens
 
     def embed(self, input_ids: Sequence[list[int]]) -> Float32Array:
         """Do the second half of `encode`: plan batches of token ids and run them.

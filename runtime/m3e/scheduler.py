@@ -1,4 +1,4 @@
-"""Concurrent callers -> shared batches: admission, threads that run batches, and failures kept to whoever caused them."""
+"""Concurrent callers -> shared batches: admission, the threads that run them, failures kept to whoever caused them."""
 
 from __future__ import annotations
 

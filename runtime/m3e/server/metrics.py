@@ -6,7 +6,8 @@ Plain integers, written by the event loop and the batching threads; every series
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -129,19 +130,14 @@ class Metrics(Collector):
         yield GaugeMetricFamily("te_queue_size", "TEI's name.", value=self._gauges["m3e_queue_requests"][1]())
 
 
-def _counter(
-    name: str,
-    help_: str,
-    labels: tuple[str, ...],
-    values: dict[str, int] | dict[tuple[()], int] | dict[tuple[str, str], int],
-) -> Metric:
+def _counter(name: str, help_: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> Metric:
     metric = Metric(name, help_, "counter")
     for key, value in values.items():
         metric.add_sample(f"{name}_total", _labels(labels, key), value)
     return metric
 
 
-def _plain(name: str, labels: tuple[str, ...], values: dict[str, int] | dict[tuple[()], int]) -> Metric:
+def _plain(name: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> Metric:
     """A counter without the suffix that Prometheus asks for: TEI's have none."""
     metric = Metric(name, "TEI's name.", "unknown")
     for key, value in values.items():

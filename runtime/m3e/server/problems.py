@@ -75,7 +75,8 @@ class Problem(Exception):  # noqa: N818 (an answer, not an error of ours)
 
     def status(self, dialect: Dialect) -> int:
         """The HTTP status in a dialect."""
-        return _KINDS[self.code][0 if dialect == "openai" else 2]
+        openai, _, tei, _ = _KINDS[self.code]
+        return openai if dialect == "openai" else tei
 
     def body(self, dialect: Dialect) -> bytes:
         """The JSON in a dialect."""

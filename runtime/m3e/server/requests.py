@@ -12,7 +12,7 @@ from m3e.server.problems import Problem
 from m3e.server.settings import Settings
 from m3e.tokenizer import TokenIds
 
-_TOKEN_IDS = (
+_IDS_REFUSED = (
     "input is an array of token ids, and this server takes text. LangChain: set check_embedding_ctx_length=False on "
     "OpenAIEmbeddings, because its ids are those of OpenAI's tokenizer and mean other words here. If the ids really "
     "are of this model's vocabulary, start the server with --accept-token-ids."
@@ -127,7 +127,7 @@ def parse_inputs(content: dict[str, Any], name: str, settings: Settings, vocab_s
 
 def _parse_ids(items: list[Any], name: str, settings: Settings, vocab_size: int) -> list[list[int]]:
     if not settings.accept_token_ids:
-        raise Problem("token_ids_not_accepted", _TOKEN_IDS, param=name)
+        raise Problem("token_ids_not_accepted", _IDS_REFUSED, param=name)
     for i, ids in enumerate(items):
         where = f"{name}[{i}]"
         if not isinstance(ids, list) or not _is_ids(ids):

@@ -122,7 +122,7 @@ async def _reload(app: App) -> None:
 def _config(settings: Settings, app: App) -> uvicorn.Config:
     protocol: Any = type("BoundProtocol", (Protocol,), {"settings": settings})
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http=protocol,
         ws="none",
         lifespan="off",

@@ -29,7 +29,8 @@ class Tracer:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise DependencyError(
-                "--otlp-endpoint needs OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+                "--otlp-endpoint needs OpenTelemetry: "
+                "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
             ) from error
         provider = TracerProvider(resource=Resource.create({"service.name": "m3e-runtime"}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
