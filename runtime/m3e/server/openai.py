@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from m3e.server import embedding
-from m3e.server.compat import expand
+from m3e.server.compat import DIM, expand
 from m3e.server.models import Model, Models
 from m3e.server.problems import Problem
 from m3e.server.requests import Answer, Request, parse_field, parse_inputs, parse_object
@@ -35,7 +35,8 @@ class OpenAIRoutes:
         ) == "base64"  # fmt: skip
         widened = settings.compat == "m3e-large-api"
         dimensions = parse_field(content, "dimensions", int, None)
-        if dimensions is not None and not 1 <= dimensions <= (limit := 1536 if widened else model.dim):
+        limit = DIM if widened else model.dim
+        if dimensions is not None and not 1 <= dimensions <= limit:
             raise Problem("unsupported_value", f"dimensions must be 1 to {limit}.", param="dimensions")
         parse_field(content, "user", str, None)
         tokens = await embedding.tokenize(
