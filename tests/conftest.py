@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
+from benchmarks.server_process import Server, running
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
-from tests.server_process import Server, running
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.server_process import Reply, Server, running
 from m3e import Encoder, InputError
 from m3e.cli.main import main
 from m3e.server.compat import DEFAULT_KEY, expand
 from m3e.server.settings import Settings
-from tests.server_process import Reply, Server, running
 
 TEXTS = ["今天天气真好", "How do I reset my password?", " ", "a 🍜 “quoted”", "长" * 700]
 CANARY = "canary-9f3a"
@@ -497,7 +497,7 @@ def test_settings_without_a_bundle() -> None:
 
 
 def test_a_missing_bundle_ends_the_server_with_the_reason(tmp_path: Path) -> None:
-    from tests.server_process import start
+    from benchmarks.server_process import start
 
     server = start(tmp_path / "nothing", ready=False)
     assert server.get("/health/live").status == 200

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.server_process import Server
 from m3e import Encoder
-from tests.server_process import Server
 
 TEXTS = ["今天天气真好", "How do I reset my password?", "a 🍜"]
 KEY = "unused"

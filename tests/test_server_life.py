@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.open_loop import Outcome, open_loop
+from benchmarks.server_process import FAILING, Server, running, start, stop
 from m3e import Encoder
 from tests.failing_server import DIES, HANGS, NANS, RAISES, SLOW
-from tests.open_loop import Outcome, open_loop
-from tests.server_process import FAILING, Server, running, start, stop
 
 PLAIN = [f"今天天气真好 {i}" for i in range(40)]
 

@@ -78,9 +78,7 @@ def write_repository(
         BundleError: The bundle is damaged.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise InputError(
-            f"the name is {name!r}, expected letters, digits, '_', '-' and '.'; choose another with --name"
-        )
+        raise InputError(f"the name is {name!r}, expected letters, digits, '_', '-', '.'; choose another with --name")
     names = {"ensemble": name, "tokenizer": f"{name}_tokenizer", "graph": f"{name}_graph"}
     for part in names.values():
         if (folder / part).exists():

@@ -19,18 +19,28 @@ class Outcome:
 
 
 async def open_loop(
-    port: int, texts: Sequence[str], *, rate_per_s: float, seconds: float, seed: int = 0, connections: int = 1024
+    port: int,
+    texts: Sequence[str],
+    *,
+    rate_per_s: float,
+    seconds: float,
+    seed: int = 0,
+    connections: int = 1024,
+    path: str = "/embed",
+    model: str = "",
 ) -> list[Outcome]:
-    """Send single texts at Poisson arrival times to ``/embed`` on loopback.
+    """Send single texts at Poisson arrival times to ``/embed`` or ``/v1/embeddings`` on loopback.
 
     A pool of kept connections grows as needed, up to a bound. Latency counts from the intended time, so a generator
     that falls behind makes the figures worse, never better.
     """
     rng = random.Random(seed)
-    head = b"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    field = "inputs" if path == "/embed" else "input"
+    extra = {"model": model, "encoding_format": "base64"} if model else {}
+    head = f"POST {path} ".encode() + b"HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     messages = []
     for text in texts:
-        body = json.dumps({"inputs": text}, ensure_ascii=False).encode()
+        body = json.dumps({field: text, **extra}, ensure_ascii=False).encode()
         messages.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     free = asyncio.Semaphore(connections)
