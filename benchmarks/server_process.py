@@ -26,28 +26,35 @@ FAILING = (sys.executable, str(Path(__file__).parent / "failing_server.py"))
 
 @dataclass
 class Reply:
+    """An answer, read whole; header names in lower case."""
+
     status: int
     headers: dict[str, str]
     body: bytes
 
     @property
     def json(self) -> Any:
+        """The body, parsed."""
         return json.loads(self.body)
 
 
 @dataclass
 class Server:
+    """A running server, and what it has logged."""
+
     process: subprocess.Popen[bytes]
     port: int
     log: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
+        """Its address, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
     def request(
         self, method: str, path: str, content: Any = None, headers: dict[str, str] | None = None, timeout: float = 30
     ) -> Reply:
+        """Send a request on a connection of its own; content that is not bytes goes as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             body = content if isinstance(content, (bytes, type(None))) else json.dumps(content).encode()
@@ -59,12 +66,15 @@ class Server:
             connection.close()
 
     def post(self, path: str, content: Any, **named: Any) -> Reply:
+        """POST; see `request`."""
         return self.request("POST", path, content, **named)
 
     def get(self, path: str, **named: Any) -> Reply:
+        """GET; see `request`."""
         return self.request("GET", path, **named)
 
     def ready(self) -> bool:
+        """Whether it says that it is."""
         return self.get("/health/ready").status == 200
 
     def wait_until(self, wanted: bool, seconds: float = 20) -> float:

@@ -112,7 +112,6 @@ def overhead(bundle: str, rounds: int = 3) -> dict[str, Any]:
             library.append(p50_s(lambda: encoder.encode(PROBE)))
             time.sleep(0.2)
             served.append(p50_s(call))
-        del encoder
     ms = {"library_p50_ms": statistics.median(library) * 1e3, "http_p50_ms": statistics.median(served[1:]) * 1e3}
     return {**ms, "overhead_p50_ms": ms["http_p50_ms"] - ms["library_p50_ms"]}
 
