@@ -20,6 +20,7 @@ Embed = Callable[[list[list[int]]], Float32Array]
 _ALWAYS_ADMITTED = 64
 # Weight of the newest batch in the estimate of tokens per second.
 _RATE_WEIGHT = 0.1
+_IDLE_CHECK_S = 0.25
 
 
 class Scheduler:
@@ -163,7 +164,7 @@ class Scheduler:
         while True:
             with self._changed:
                 while not (self._queue.n_tokens or self._closed):
-                    if not self._changed.wait(0.25) and self._check_idle is not None:
+                    if not self._changed.wait(None if self._check_idle is None else _IDLE_CHECK_S):
                         break
                 batch, expired = self._queue.take(time.monotonic())
                 if not batch and not expired and self._closed:

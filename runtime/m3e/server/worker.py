@@ -31,6 +31,8 @@ Float32Array = npt.NDArray[np.float32]
 # A call may take this much longer than the slowest batch of the warm-up; never less than the floor, because a busy
 # machine stops any process for a while.
 _PATIENCE_FACTOR = 10
+# A service says that it is not ready before it gives a call up.
+_DOUBT_FACTOR = 4
 _PATIENCE_FLOOR_S = 0.75
 _START_TIMEOUT_S = 120.0
 _RETRY_S = 0.5
@@ -74,15 +76,17 @@ class Worker:
         self._failed_at = 0.0
         self.n_restarts = 0
         self.precision = ""
-        self.patience_s = _START_TIMEOUT_S
+        self.patience_s = self.doubt_s = _START_TIMEOUT_S
+        self._since = [0.0] * self._n_channels
         self._process: subprocess.Popen[bytes]
         self._channels: list[Connection[bytes, bytes]]
         self._start()
 
     @property
     def alive(self) -> bool:
-        """Whether a process is there and answers."""
-        return self._up and self._process.poll() is None
+        """Whether a process is there, and no call has been under way for suspiciously long."""
+        oldest = min((since for since in self._since if since), default=float("inf"))
+        return self._up and self._process.poll() is None and time.monotonic() - oldest < self.doubt_s
 
     @property
     def pid(self) -> int:
@@ -120,6 +124,7 @@ class Worker:
         generation, connection = self._generation, self._channels[channel]
         lengths = [len(ids) for ids in input_ids]
         message = np.fromiter((len(lengths), *lengths, *(i for ids in input_ids for i in ids)), dtype=np.int32)
+        self._since[channel] = time.monotonic()
         try:
             connection.send_bytes(kind + message.tobytes())
             if not connection.poll(self.patience_s):
@@ -127,10 +132,12 @@ class Worker:
             answer = connection.recv_bytes()
         except (OSError, EOFError) as error:
             hung = isinstance(error, TimeoutError)
+            self._since[channel] = 0.0
             self._lose(generation)
             raise WorkerLostError(
                 f"the inference process {'did not answer' if hung else 'died'}; it is being replaced"
             ) from error
+        self._since[channel] = 0.0
         if answer[:1] == _ERROR:
             raise InferenceError("the model failed on a text")
         vectors = np.frombuffer(answer, dtype=np.float32, offset=4)
@@ -183,6 +190,7 @@ class Worker:
             raise StartError(str(hello["error"]))
         self.precision = hello["precision"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
+        self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
         self._generation += 1
         self._up = True
 
