@@ -21,7 +21,7 @@ import m3e
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-c", "from m3e.cli.main import main; raise SystemExit(main())", "serve")
-FAILING = (sys.executable, str(Path(__file__).parent / "failing_server.py"))
+FAILING = (sys.executable, str(ROOT / "tests" / "failing_server.py"))
 
 
 @dataclass
