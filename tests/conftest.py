@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.checkpoints import write_checkpoint
+from benchmarks.server_process import Server, running
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
@@ -25,6 +27,21 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     target = tmp_path_factory.mktemp("bundles") / "tiny"
     convert(str(tiny_checkpoint), target)
     return target
+
+
+@pytest.fixture(scope="session")
+def token_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_bundle`, with an output for every token."""
+    target = tmp_path_factory.mktemp("bundles") / "tiny"
+    convert(str(tiny_checkpoint), target, with_token_embeddings=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def server(token_bundle: Path) -> Iterator[Server]:
+    """One server for every test that only asks."""
+    with running(token_bundle, "--max-client-batch-size", "40", "--max-body-bytes", "2000000") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,72 @@ class Encoder:
         """Count the tokens of texts before truncation, special tokens included: int64 (n,)."""
         return self._tokenizer(check_texts(sentences)).n_tokens_full
 
+    def tokenize_batch(
+        self, sentences: Sequence[str], prompt_name: str | None = None, prompt: str | None = None
+    ) -> TokenIds:
+        """Do the first half of `encode`: check texts, put the prompt before each, tokenise, truncate.
+
+        Raises:
+            InputError: As `encode`.
+
+        Warns:
+            TruncationWarning: As `encode`.
+        """
+        texts = check_texts(sentences)
+        prompt = self._prompt(prompt_name, prompt)
+        if self._prompt_length(prompt):
+            raise InputError(
+                "this model does not pool its prompts, which takes batches of one prompt; use Encoder.encode for it"
+            )
+        tokens = self._tokenizer([prompt + text for text in texts] if prompt else texts)
+        self._warn_of_truncation(tokens)
+        return tokens
+
+    def embed(self, input_ids: Sequence[list[int]]) -> Float32Array:
+        """Do the second half of `encode`: plan batches of token ids and run them.
+
+        Args:
+            input_ids: Ids of each text as `tokenize_batch` gives them.
+
+        Returns:
+            float32 (n, dim), in order, as the graph gives them.
+
+        Raises:
+            InferenceError: The model failed.
+        """
+        n_tokens = np.array([len(ids) for ids in input_ids], dtype=np.int64)
+        embeddings = np.empty((len(input_ids), self.manifest.model.embedding_dim), dtype=np.float32)
+        for rows in plan_batches(n_tokens, _MAX_BATCH_TOKENS):
+            width = int(attention_length(n_tokens[rows]).max())
+            embeddings[rows] = self._session_here().run([input_ids[row] for row in rows], width)
+        return embeddings
+
+    def embed_tokens(self, input_ids: list[int]) -> Float32Array:
+        """Give a vector for every token of one text, not normalised.
+
+        Returns:
+            float32 (tokens, hidden_size).
+
+        Raises:
+            InferenceError: The model failed.
+            InputError: The graph gives no such vectors.
+        """
+        if "last_hidden_state" not in self._graph.outputs:
+            raise InputError("this bundle gives no token vectors; convert again with --with-token-embeddings")
+        tokens: Float32Array = self._session_here().run([input_ids], output="last_hidden_state")[0]
+        return tokens
+
+    def finish(
+        self, embeddings: Float32Array, *, normalize_embeddings: bool = False, truncate_dim: int | None = None
+    ) -> Float32Array:
+        """Truncate and normalise the vectors of `embed` as `encode` does.
+
+        Raises:
+            InputError: ``truncate_dim`` is out of range.
+        """
+        finished: Float32Array = self._finish(embeddings, "float32", normalize_embeddings, truncate_dim)
+        return finished
+
     @property
     def max_seq_length(self) -> int:
         """The longest input in tokens, special tokens included."""

@@ -71,6 +71,26 @@ class Tokenizer:
                 input_ids.append(ids)
         return TokenIds(input_ids, np.minimum(n_tokens_full, self.max_seq_length), n_tokens_full)
 
+    def encode_with_offsets(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[tuple[int, str, bool, int, int]]]:
+        """Tokenise without truncation; each token as id, word, whether special, first and last + 1 character."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [
+            [
+                (token, word, bool(special), *span)
+                for token, word, special, span in zip(
+                    encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+                )
+            ]
+            for encoding in encodings
+        ]
+
+    def decode(self, input_ids: Sequence[list[int]], skip_special_tokens: bool = True) -> list[str]:
+        """Turn ids back into texts, words apart by spaces."""
+        texts: list[str] = self._tokenizer.decode_batch(list(input_ids), skip_special_tokens=skip_special_tokens)
+        return texts
+
     def _encode(self, texts: Sequence[str], first: int) -> list[tokenizers.Encoding]:
         try:
             return self._tokenizer.encode_batch_fast(list(texts))

@@ -9,10 +9,16 @@ from importlib import metadata
 from typing import Any
 
 from m3e import __version__
-from m3e.cli import encode, info, verify
+from m3e.cli import encode, export_triton, info, serve, verify
 from m3e.cli.guard import run_guarded
 
-_BUILT_IN: dict[str, Any] = {"encode": encode, "info": info, "verify": verify}
+_BUILT_IN: dict[str, Any] = {
+    "encode": encode,
+    "export-triton": export_triton,
+    "info": info,
+    "serve": serve,
+    "verify": verify,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     summaries = {known: module.__doc__.partition("\n")[0] for known, module in _BUILT_IN.items()}
     summaries |= {known: f"See m3e {known} --help." for known in sorted(plugins)}
-    listing = "\n".join(f"    {known:<10}{summary}" for known, summary in summaries.items())
+    listing = "\n".join(f"    {known:<15}{summary}" for known, summary in summaries.items())
     parser = argparse.ArgumentParser(
         prog="m3e",
         description="Sentence embeddings from a bundle of ONNX graphs.",

@@ -1,0 +1,250 @@
+"""The service against the library, against itself under overload, and against infinity.
+
+Writes ``benchmarks/results/serving.json``. All traffic is on loopback; server and load share the machine's processors.
+Needs ``wrk`` (apt install wrk), whose own cost is small.
+
+  python -m benchmarks.serving BUNDLE --texts FILE [--infinity PYTHON --checkpoint FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cold_start import machine
+from benchmarks.open_loop import open_loop
+from benchmarks.server_process import running
+from m3e import Encoder
+
+RECORD = Path(__file__).parent / "results" / "serving.json"
+PROBE = "今天天气真好我们去公园"  # 13 tokens
+_CONNECTIONS = 64
+
+# Every connection takes the next text, so that all of them together send the list in order.
+_WRK = """
+local bodies = {}
+for line in io.lines("%s") do bodies[#bodies + 1] = line end
+local i = 0
+request = function()
+  i = i %% #bodies + 1
+  return wrk.format("POST", "%s", {["content-type"] = "application/json", ["host"] = "localhost"}, bodies[i])
+end
+done = function(summary, latency, requests)
+  io.write(string.format('\\n{"requests": %%d, "duration_us": %%d, "errors": %%d, "p50_us": %%d, "p99_us": %%d}\\n',
+    summary.requests, summary.duration, summary.errors.connect + summary.errors.read + summary.errors.write +
+    summary.errors.status + summary.errors.timeout, latency:percentile(50), latency:percentile(99)))
+end
+"""
+
+
+def wrk(port: int, texts: list[str], *, seconds: float, connections: int, path: str = "/embed") -> dict[str, Any]:
+    """Closed loop over some texts, one a request: sentences/s and latencies."""
+    program = shutil.which("wrk")
+    if program is None:
+        raise SystemExit("wrk is not installed: apt install wrk")
+    field = "inputs" if path == "/embed" else "input"
+    with tempfile.TemporaryDirectory() as folder:
+        bodies, script = Path(folder, "bodies"), Path(folder, "load.lua")
+        extra = {} if path == "/embed" else {"model": "served", "encoding_format": "base64"}
+        bodies.write_text("".join(json.dumps({field: text, **extra}, ensure_ascii=False) + "\n" for text in texts))
+        script.write_text(_WRK % (bodies, path))
+        done = subprocess.run(
+            [program, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "-s", str(script),
+             f"http://127.0.0.1:{port}{path}"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result["per_s"] = result["requests"] / (result["duration_us"] / 1e6)
+    return result
+
+
+def p50_s(call: Callable[[], object], n: int = 400) -> float:
+    """Median seconds of a call, after some to warm up."""
+    times = []
+    for _ in range(n):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[n // 5 :])
+
+
+def http_call(port: int, text: str) -> Callable[[], object]:
+    """One request on a kept connection, as bare as a client can be."""
+    body = json.dumps({"input": text, "encoding_format": "base64"}).encode()
+    message = (
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(body) + body
+    )
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def call() -> bytes:
+        connection.sendall(message)
+        answer = connection.recv(1 << 20)
+        while not answer.endswith(b"}"):
+            answer += connection.recv(1 << 20)
+        return answer
+
+    return call
+
+
+def overhead(bundle: str, rounds: int = 3) -> dict[str, Any]:
+    """The p50 of a single short text in the library and through HTTP, in turns."""
+    with running(bundle, "--max-queue-ms", "0") as server:
+        call = http_call(server.port, PROBE)
+        served = [p50_s(call)]
+        encoder = Encoder(bundle)
+        library = []
+        for _ in range(rounds):
+            library.append(p50_s(lambda: encoder.encode(PROBE)))
+            time.sleep(0.2)
+            served.append(p50_s(call))
+    ms = {"library_p50_ms": statistics.median(library) * 1e3, "http_p50_ms": statistics.median(served[1:]) * 1e3}
+    return {**ms, "overhead_p50_ms": ms["http_p50_ms"] - ms["library_p50_ms"]}
+
+
+def saturation(bundle: str, texts: list[str], seconds: float = 8, rounds: int = 2) -> dict[str, Any]:
+    """Sentences/s of 64 connections with a text a request, and of `encode` on the same texts, in turns."""
+    library, served, errors = [], [], 0
+    encoder = Encoder(bundle)
+    with running(bundle, "--max-queue-ms", "0") as server:
+        wrk(server.port, texts, seconds=2, connections=_CONNECTIONS)
+        for _ in range(rounds):
+            started = time.perf_counter()
+            encoder.encode(texts, show_progress_bar=False)
+            library.append(len(texts) / (time.perf_counter() - started))
+            result = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS)
+            served.append(result["per_s"])
+            errors += result["errors"]
+    rates = {"library_per_s": statistics.median(library), "http_per_s": statistics.median(served)}
+    return {**rates, "ratio": rates["http_per_s"] / rates["library_per_s"], "errors": errors}
+
+
+def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60) -> dict[str, Any]:
+    """Open loop at 0.8 and at 2 times the capacity that 64 closed connections find, with the default settings."""
+    texts = texts or [f"今天天气真好 {i}" for i in range(500)]
+    with running(bundle) as server:
+        capacity = wrk(server.port, texts, seconds=6, connections=_CONNECTIONS)["per_s"]
+        calm = asyncio.run(open_loop(server.port, texts, rate_per_s=0.8 * capacity, seconds=min(seconds, 20), seed=1))
+        storm = asyncio.run(open_loop(server.port, texts, rate_per_s=2 * capacity, seconds=seconds, seed=2))
+    accepted = [outcome.seconds for outcome in storm if outcome.status == 200]
+    refused = [outcome.seconds for outcome in storm if outcome.status == 429]
+    return {
+        "capacity_per_s": capacity,
+        "sent": len(storm),
+        "accepted": len(accepted),
+        "refused": len(refused),
+        "lost": len(storm) - len(accepted) - len(refused),
+        "refused_at_0.8": sum(outcome.status != 200 for outcome in calm),
+        "goodput_of_capacity": len(accepted) / seconds / capacity,
+        "p99_at_0.8_ms": _p99([outcome.seconds for outcome in calm if outcome.status == 200]),
+        "p99_accepted_ms": _p99(accepted),
+        "p99_refusal_ms": _p99(refused),
+    }
+
+
+def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], seconds: float = 10) -> dict[str, Any]:
+    """Both servers in turn on the same texts: throughput of 64 connections, and p99 at half of infinity's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [python, "-m", "infinity_emb", "v2", "--model-id", checkpoint, "--engine", "optimum", "--device", "cpu",
+         "--pooling-method", "mean", "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served",
+         "--url-prefix", "/v1", "--no-bettertransformer"],
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "HOME": str(Path.home())},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        _wait_for(port)
+        wrk(port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
+        theirs = wrk(port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
+        half = theirs["per_s"] / 2
+        their_half = asyncio.run(
+            open_loop(port, texts, rate_per_s=half, seconds=seconds, path="/v1/embeddings", model="served")
+        )
+    finally:
+        process.kill()
+        process.wait()
+    with running(f"served={bundle}", "--max-queue-ms", "0") as server:
+        wrk(server.port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
+        ours = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
+        our_half = asyncio.run(
+            open_loop(
+                server.port, texts, rate_per_s=ours["per_s"] / 2, seconds=seconds, path="/v1/embeddings", model="served"
+            )
+        )
+    their_p99 = _p99([outcome.seconds for outcome in their_half])
+    our_p99 = _p99([outcome.seconds for outcome in our_half])
+    return {
+        "infinity_per_s": theirs["per_s"],
+        "m3e_per_s": ours["per_s"],
+        "throughput_ratio": ours["per_s"] / theirs["per_s"],
+        "infinity_p99_at_half_ms": their_p99,
+        "m3e_p99_at_half_ms": our_p99,
+        "p99_ratio": our_p99 / their_p99,
+        "half": "each at half of its own throughput",
+    }
+
+
+def _p99(seconds: list[float]) -> float | None:
+    return float(np.percentile(seconds, 99)) * 1e3 if seconds else None
+
+
+def _wait_for(port: int, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+        else:
+            time.sleep(1)
+            return
+
+
+def main() -> None:
+    """Measure what was asked for and add it to the record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("--texts", required=True, help="UTF-8 file, a text a line; of tab-separated lines the first")
+    parser.add_argument("--parts", nargs="+", default=["overhead", "saturation", "overload"],
+                        choices=["overhead", "saturation", "overload", "infinity"])  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=60, help="of the overload")
+    parser.add_argument("--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb")
+    parser.add_argument("--checkpoint", help="what infinity serves")
+    parsed = parser.parse_args()
+    lines = Path(parsed.texts).read_text(encoding="utf-8").splitlines()[:2000]
+    texts = [line.split("\t")[0] for line in lines if line.split("\t")[0]]
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "overhead": lambda: overhead(parsed.bundle),
+        "saturation": lambda: saturation(parsed.bundle, texts),
+        "overload": lambda: overload(parsed.bundle, texts, parsed.seconds),
+        "infinity": lambda: infinity(parsed.infinity, parsed.checkpoint, parsed.bundle, texts),
+    }
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    for part in parsed.parts:
+        record[part] = measures[part]()
+        print(part, json.dumps(record[part], indent=1), file=sys.stderr)
+    record["machine"] = machine()
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The ASGI app: finds the route, asks for the key, reads the body, and turns whatever happens into an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from m3e.errors import M3EError
+from m3e.server.http import dialect_of
+from m3e.server.metrics import Metrics
+from m3e.server.models import Models
+from m3e.server.openai import OpenAIRoutes
+from m3e.server.openapi import PUBLIC_PATHS, document
+from m3e.server.problems import KIND_NAMES, Problem, problem_of, retry_after
+from m3e.server.requests import Answer, Request
+from m3e.server.settings import Settings
+from m3e.server.tei import TEIRoutes
+from m3e.server.tracing import Tracer
+from m3e.server.ui import PAGE
+
+Handler = Callable[[Request], Awaitable[Answer]]
+Header = tuple[bytes, bytes]
+
+log = logging.getLogger("m3e.server")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}\Z")
+# A client that announced too much is heard out up to here, so that it reads the refusal instead of a reset.
+_HEARD_OUT_BYTES = 64 << 20
+_HTML = b"text/html; charset=utf-8"
+_PAGE_HEADERS = (
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+)  # fmt: skip
+_MISJOINED = (
+    "There is nothing at this path. Embeddings are at /v1/embeddings; OpenAI's clients append /embeddings to the base "
+    "URL, so set the base URL to http://HOST:PORT/v1 and nothing behind it. TEI's clients call /embed at "
+    "http://HOST:PORT. All routes: /openapi.json."
+)
+
+
+@dataclass(slots=True)
+class State:
+    """What the probes tell: opened once every bundle is, draining once the end has begun, closed to new work last."""
+
+    draining: bool = False
+    refusing: bool = False
+
+
+class App:
+    """One service.
+
+    Args:
+        settings: Of the service.
+        models: The bundles, perhaps still being opened.
+        keys: Accepted API keys; empty to ask for none.
+    """
+
+    def __init__(self, settings: Settings, models: Models, keys: list[str]) -> None:
+        self.settings = settings
+        self.models = models
+        self.state = State()
+        self.n_active = 0
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._hosts = settings.hosts
+        self._origins = {origin.strip().encode() for origin in settings.cors_origins.split(",") if origin.strip()}
+        self._id_prefix = os.urandom(6).hex().encode() + b"-"
+        self._ids = itertools.count(1)
+        self._tracer = Tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None
+        openai, tei = OpenAIRoutes(settings, models), TEIRoutes(settings, models)
+        self._model_card = openai.model
+        self.routes: dict[str, dict[str, Handler]] = {
+            "/v1/embeddings": {"POST": openai.embeddings},
+            "/embeddings": {"POST": openai.embeddings},
+            "/v1/models": {"GET": openai.models},
+            "/v1/models/{name}": {"GET": openai.model},
+            "/embed": {"POST": tei.embed},
+            "/": {"POST": tei.embed},
+            "/embed_all": {"POST": tei.embed_all},
+            "/tokenize": {"POST": tei.tokenize},
+            "/decode": {"POST": tei.decode},
+            "/similarity": {"POST": tei.similarity},
+            "/info": {"GET": tei.info},
+            "/health": {"GET": self._health_ready},
+            "/health/live": {"GET": self._health_live},
+            "/health/ready": {"GET": self._health_ready},
+            "/metrics": {"GET": self._metrics_page},
+            "/openapi.json": {"GET": self._openapi},
+            "/ui": {"GET": self._page},
+        }
+        self.metrics = Metrics(self.routes, KIND_NAMES, {
+            "m3e_ready": ("1 when a request would be run now.", lambda: float(self.ready)),
+            "m3e_queue_tokens": ("Tokens that wait.", lambda: self._sum("n_waiting_tokens")),
+            "m3e_queue_requests": ("Requests that wait.", lambda: self._sum("n_waiting_jobs")),
+            "m3e_active_requests": ("Requests being answered.", lambda: float(self.n_active)),
+            "m3e_worker_restarts": ("Inference processes replaced.",
+                                    lambda: float(sum(model.worker.n_restarts for model in models.opened()))),
+        })  # fmt: skip
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be run now."""
+        return not self.state.draining and self.models.ready
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Any) -> None:
+        """Answer one request. Nothing escapes but an answer."""
+        started = time.perf_counter()
+        path: str = scope["path"]
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.match(given) else self._id_prefix + b"%x" % next(self._ids)
+        request = Request(scope["method"], path, headers, b"", request_id, started)
+        route = self._route(path)
+        problem: Problem | None = None
+        span = self._tracer.start(request, route) if self._tracer is not None else None
+        connection = (scope.get("extensions") or {}).get("m3e")
+        if connection is not None:
+            task = asyncio.current_task()
+            assert task is not None
+            connection.on_lost = task.cancel
+        self.n_active += 1
+        try:
+            answer = await self._answer(request, route, scope, receive)
+            if answer is None:
+                return  # the client went while it was sending
+        except Problem as error:
+            problem = error
+        except M3EError as error:
+            problem = problem_of(error)
+            if problem.code in ("inference_failed", "internal_error"):
+                log.error("request %s: %s", request_id.decode(), type(error).__name__)
+        except asyncio.CancelledError:
+            return  # the client has gone; its texts will not be run
+        except Exception as error:
+            # Where, not what: an exception's text may quote the request.
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+            log.error("request %s: %s at %s", request_id.decode(), type(error).__name__, where)
+            problem = Problem("internal_error", "The server failed; its log has the request id.")
+        finally:
+            self.n_active -= 1
+            if connection is not None:
+                connection.on_lost = None
+        if problem is not None:
+            dialect = dialect_of(path)
+            answer = Answer(problem.body(dialect), headers=problem.headers, status=problem.status(dialect))
+        assert answer is not None
+        seconds = time.perf_counter() - started
+        self._count(request, route, answer.status, problem, seconds)
+        if span is not None:
+            span(request, answer.status)
+        await self._send(send, request, answer, seconds)
+
+    async def _answer(
+        self, request: Request, route: str, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]]
+    ) -> Answer | None:
+        headers = request.headers
+        if self._hosts and not self._host_allowed(headers.get(b"host", b"")):
+            raise Problem("host_not_allowed", "This Host header is not accepted here; see --allowed-hosts.")
+        origin = headers.get(b"origin")
+        if origin is not None and self._origins and request.method == "OPTIONS":
+            return Answer(b"", status=204, headers=((b"access-control-allow-methods", b"GET, POST"),
+                          (b"access-control-allow-headers", b"authorization, content-type, x-priority, x-request-id"),
+                          (b"access-control-max-age", b"600")))  # fmt: skip
+        if self._keys and request.path not in PUBLIC_PATHS:
+            self._check_key(scope["headers"])
+        if route == "unmatched":
+            raise Problem("not_found", _MISJOINED)
+        handlers = self.routes[route]
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in handlers:
+            allowed = ", ".join([*handlers, "HEAD"] if "GET" in handlers else handlers)
+            raise Problem("method_not_allowed", f"This path takes {allowed}.", headers=((b"allow", allowed.encode()),))
+        if method == "POST":
+            if self.state.refusing:
+                raise Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy",
+                              headers=retry_after(1.0))  # fmt: skip
+            body = await self._read_body(headers, receive)
+            if body is None:
+                return None
+            request.body = body
+            request.started_at = time.perf_counter()
+        return await handlers[method](request)
+
+    def _route(self, path: str) -> str:
+        if path in self.routes:
+            return path if path != "/v1/models/{name}" else "unmatched"
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{name}"
+        trimmed = path.rstrip("/")
+        return trimmed if trimmed in self.routes and "{" not in trimmed else "unmatched"
+
+    def _host_allowed(self, host: bytes) -> bool:
+        name = host.decode("latin-1").lower()
+        return (name.rpartition(":")[0] if re.search(r":\d+\Z", name) else name) in self._hosts
+
+    def _check_key(self, headers: list[Header]) -> None:
+        given = [value for name, value in headers if name == b"authorization"]
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, and in constant time, so that the time says nothing of any.
+        matches = sum([hmac.compare_digest(digest, known) for known in self._keys])
+        if scheme.lower() != b"bearer" or not matches:
+            raise Problem(
+                "invalid_api_key",
+                "No accepted API key came with the request; send 'Authorization: Bearer KEY'.",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+        limit = self.settings.max_body_bytes
+        announced = headers.get(b"content-length", b"")
+        too_large = announced.isdigit() and int(announced) > limit
+        hear_out = not announced.isdigit() or int(announced) <= _HEARD_OUT_BYTES
+        parts: list[bytes] = []
+        n = 0
+        while hear_out:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            part: bytes = message.get("body", b"")
+            n += len(part)
+            too_large = too_large or n > limit
+            if not too_large:
+                parts.append(part)
+            else:
+                parts.clear()
+            if not message.get("more_body"):
+                break
+            hear_out = n <= _HEARD_OUT_BYTES
+        if too_large:
+            raise Problem("content_too_large", f"The body is larger than {limit} bytes; send fewer texts at a time.",
+                          headers=((b"connection", b"close"),))  # fmt: skip
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _send(self, send: Any, request: Request, answer: Answer, seconds: float) -> None:
+        headers: list[Header] = [
+            (b"content-type", answer.content_type),
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"x-request-id", request.id),
+            *answer.headers,
+        ]
+        tokens = request.tokens
+        if tokens is not None and answer.status == 200:
+            tokenization, queue, inference = request.timings_s
+            headers += [
+                (b"x-compute-type", b"cpu"),
+                (b"x-compute-time", b"%d" % round(seconds * 1000)),
+                (b"x-compute-characters", b"%d" % request.n_characters),
+                (b"x-compute-tokens", b"%d" % int(tokens.n_tokens.sum())),
+                (b"x-total-time", b"%d" % round(seconds * 1000)),
+                (b"x-tokenization-time", b"%d" % round(tokenization * 1000)),
+                (b"x-queue-time", b"%d" % round(queue * 1000)),
+                (b"x-inference-time", b"%d" % round(inference * 1000)),
+                (
+                    b"server-timing",
+                    b"tokenize;dur=%.2f, queue;dur=%.2f, inference;dur=%.2f, total;dur=%.2f"
+                    % (tokenization * 1000, queue * 1000, inference * 1000, seconds * 1000),
+                ),
+            ]
+        if self.state.draining and not any(name == b"connection" for name, _ in answer.headers):
+            headers.append((b"connection", b"close"))
+        origin = request.headers.get(b"origin")
+        if origin is not None and (origin in self._origins or b"*" in self._origins):
+            headers += [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    def _count(self, request: Request, route: str, status: int, problem: Problem | None, seconds: float) -> None:
+        metrics = self.metrics
+        metrics.requests[route, f"{status // 100}xx"] += 1
+        if problem is not None:
+            metrics.problems[problem.code] += 1
+        if not request.n_texts:
+            return
+        if request.n_texts == 1:
+            metrics.singles += 1
+            metrics.singles_ok += problem is None
+        else:
+            metrics.batches += 1
+            metrics.batches_ok += problem is None
+        tokens = request.tokens
+        if tokens is None or problem is not None:
+            return
+        tokenization, queue, inference = request.timings_s
+        metrics.duration.add(seconds)
+        metrics.tokenization.add(tokenization)
+        metrics.queue.add(queue)
+        metrics.inference.add(inference)
+        metrics.texts += request.n_texts
+        for n, full in zip(tokens.n_tokens.tolist(), tokens.n_tokens_full.tolist(), strict=True):
+            metrics.input_tokens.add(n)
+            metrics.truncated_texts += full > n
+
+    def _sum(self, name: str) -> float:
+        return float(sum(getattr(model.scheduler, name) for model in self.models.opened()))
+
+    async def _health_live(self, request: Request) -> Answer:
+        return Answer(b"")
+
+    async def _health_ready(self, request: Request) -> Answer:
+        if not self.ready:
+            code = "shutting_down" if self.state.draining else "not_ready"
+            raise Problem(code, "unhealthy", headers=retry_after(1.0))
+        return Answer(b"")
+
+    async def _metrics_page(self, request: Request) -> Answer:
+        return Answer(self.metrics.text(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, request: Request) -> Answer:
+        return Answer(orjson.dumps(document(self.settings, self.models.names, self.models.first())))
+
+    async def _page(self, request: Request) -> Answer:
+        return Answer(PAGE, _HTML, _PAGE_HEADERS)
+
+    def close(self) -> None:
+        """Send the last spans."""
+        if self._tracer is not None:
+            self._tracer.close()

@@ -1,0 +1,166 @@
+"""The life of the service: listen, open the bundles, serve, reload on SIGHUP, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from m3e.aio import JobAwaiter
+from m3e.cpu import available_threads
+from m3e.errors import InputError, M3EError
+from m3e.server.app import App
+from m3e.server.http import Protocol
+from m3e.server.models import Model, Models
+from m3e.server.settings import Settings
+from m3e.server.worker import DEFAULT_COMMAND
+
+log = logging.getLogger("m3e.server")
+
+
+def serve(settings: Settings, keys: Sequence[str] = (), worker_command: Sequence[str] = DEFAULT_COMMAND) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        settings: Of the service.
+        keys: Accepted API keys besides those of ``settings.api_key_file``.
+        worker_command: See `m3e.server.worker.Worker`.
+
+    Raises:
+        BundleError: A bundle is missing or damaged.
+        StartError: A graph could not be opened.
+        InputError: The key file cannot be used, or the address is taken.
+    """
+    accepted = [*keys, *(_read_keys(settings.api_key_file) if settings.api_key_file else ())]
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, accepted, worker_command))
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn with the signals left to `_serve`, which drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[str]) -> None:
+    loop = asyncio.get_running_loop()
+    awaiter = JobAwaiter(loop)
+    threads = settings.threads or available_threads()
+
+    def open_model(name: str, folder: str) -> Model:
+        return Model(
+            name, folder, settings,
+            threads=threads, awaiter=awaiter, observe_batch=app.metrics.observe_batch, worker_command=worker_command,
+        )  # fmt: skip
+
+    models = Models(open_model, settings.bundles, settings.grace_s)
+    app = App(settings, models, keys)
+    server = _Server(_config(settings, app))
+    listener = _listen(settings)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    tasks: set[asyncio.Task[None]] = set()
+
+    def reload_all() -> None:
+        task = loop.create_task(_reload(app))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload_all)
+    serving = loop.create_task(server.serve(sockets=[listener]))
+    opening = loop.create_task(asyncio.to_thread(models.open_all))
+    stopped = loop.create_task(stopping.wait())
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", host, port)
+    try:
+        await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            for model in models.opened():
+                log.info("%s is ready (%s, %d threads)", model.name, model.graph.precision, threads)
+            await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+        await _drain(app, settings)
+    finally:
+        server.should_exit = True
+        await serving
+        with contextlib.suppress(M3EError):
+            await opening
+        await asyncio.to_thread(models.close)
+        app.close()
+
+
+async def _drain(app: App, settings: Settings) -> None:
+    """Say not ready and let go of connections while still answering; then refuse what is new."""
+    app.state.draining = True
+    log.info("draining")
+    await asyncio.sleep(settings.drain_delay_s)
+    app.state.refusing = True
+
+
+async def _reload(app: App) -> None:
+    for name in app.models.names:
+        try:
+            await asyncio.to_thread(app.models.reload, name)
+        except (M3EError, KeyError) as error:
+            app.metrics.reloads["refused"] += 1
+            log.error("%s was not reloaded, the old one stays: %s", name, error)
+        else:
+            app.metrics.reloads["swapped"] += 1
+            log.info("%s was reloaded", name)
+
+
+def _config(settings: Settings, app: App) -> uvicorn.Config:
+    protocol: Any = type("BoundProtocol", (Protocol,), {"settings": settings})
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.grace_s,  # type: ignore[arg-type]
+    )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(f"cannot listen on {settings.host}:{settings.port}: {error}; choose another --port") from error
+    return listener
+
+
+def _read_keys(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the key file cannot be read: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise InputError(f"the key file {path!r} holds no key; leave --api-key-file out to ask for none")
+    return keys
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return None
+    return uvloop.new_event_loop

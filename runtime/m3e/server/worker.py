@@ -1,0 +1,265 @@
+"""Inference in a process of its own, because a call into onnxruntime that hangs cannot be ended any other way.
+
+The service talks to it over one socket for each batch in flight. When a call takes far longer than the slowest batch
+of the warm-up did, or the process dies, it is replaced; whoever had a batch in it gets `WorkerLostError`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m3e.encoder import Encoder
+from m3e.errors import InferenceError, M3EError, StartError, WorkerLostError
+
+Float32Array = npt.NDArray[np.float32]
+
+# A call may take this much longer than the slowest batch of the warm-up; never less than the floor, because a busy
+# machine stops any process for a while.
+_PATIENCE_FACTOR = 10
+# A service says that it is not ready before it gives a call up.
+_DOUBT_FACTOR = 4
+_PATIENCE_FLOOR_S = 0.75
+_START_TIMEOUT_S = 120.0
+_RETRY_S = 0.5
+_SENTENCES, _TOKENS = b"s", b"t"
+_VECTORS, _ERROR = b"v", b"e"
+
+DEFAULT_COMMAND = (sys.executable, "-P", "-m", "m3e.server.worker")
+
+
+class Worker:
+    """The service's end: starts the process, hands it batches, watches it and replaces it.
+
+    Args:
+        folder: The bundle.
+        precision: As for `Encoder`.
+        threads: Batches that run at once, each on a thread.
+        max_batch_tokens: Size of the largest batch, for the warm-up.
+        command: Program that runs `main`; tests give one whose encoder fails.
+
+    Raises:
+        StartError: The process could not open the bundle; the message says why.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        precision: str,
+        threads: int,
+        max_batch_tokens: int,
+        command: Sequence[str] = DEFAULT_COMMAND,
+    ) -> None:
+        self._command = [*command, folder, precision, str(threads), str(max_batch_tokens)]
+        # One socket for each batch in flight, and one for token vectors.
+        self._n_channels = threads + 1
+        self._starting = threading.Lock()
+        self._side = threading.Lock()
+        self._generation = 0
+        self._up = False
+        self._closed = False
+        self._failed_at = 0.0
+        self.n_restarts = 0
+        self.precision = ""
+        self.patience_s = self.doubt_s = _START_TIMEOUT_S
+        self._since = [0.0] * self._n_channels
+        self._process: subprocess.Popen[bytes]
+        self._channels: list[Connection[bytes, bytes]]
+        self._start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process is there, and no call has been under way for suspiciously long."""
+        oldest = min((since for since in self._since if since), default=float("inf"))
+        return self._up and self._process.poll() is None and time.monotonic() - oldest < self.doubt_s
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def embedders(self) -> list[Callable[[list[list[int]]], Float32Array]]:
+        """One function for each batch that may be in flight; see `m3e.scheduler.Scheduler`."""
+
+        def through(channel: int) -> Callable[[list[list[int]]], Float32Array]:
+            return lambda input_ids: self._call(channel, _SENTENCES, input_ids)
+
+        return [through(channel) for channel in range(self._n_channels - 1)]
+
+    def embed_tokens(self, input_ids: list[int]) -> Float32Array:
+        """Run one text for its token vectors, float32 (tokens, hidden_size)."""
+        with self._side:
+            return self._call(self._n_channels - 1, _TOKENS, [input_ids])
+
+    def check(self) -> None:
+        """Replace the process if it died while nothing ran."""
+        if not self.alive and not self._closed:
+            with contextlib.suppress(M3EError):
+                self._replace(self._generation)
+
+    def close(self) -> None:
+        """End the process."""
+        self._closed = True
+        self._up = False
+        self._kill()
+
+    def _call(self, channel: int, kind: bytes, input_ids: list[list[int]]) -> Float32Array:
+        if not self._up:
+            self._replace(self._generation)
+        generation, connection = self._generation, self._channels[channel]
+        lengths = [len(ids) for ids in input_ids]
+        message = np.fromiter((len(lengths), *lengths, *(i for ids in input_ids for i in ids)), dtype=np.int32)
+        self._since[channel] = time.monotonic()
+        try:
+            connection.send_bytes(kind + message.tobytes())
+            if not connection.poll(self.patience_s):
+                raise TimeoutError
+            answer = connection.recv_bytes()
+        except (OSError, EOFError) as error:
+            hung = isinstance(error, TimeoutError)
+            self._since[channel] = 0.0
+            self._lose(generation)
+            raise WorkerLostError(
+                f"the inference process {'did not answer' if hung else 'died'}; it is being replaced"
+            ) from error
+        self._since[channel] = 0.0
+        if answer[:1] == _ERROR:
+            raise InferenceError("the model failed on a text")
+        vectors = np.frombuffer(answer, dtype=np.float32, offset=4)
+        return vectors.reshape(len(input_ids) if kind == _SENTENCES else lengths[0], -1)
+
+    def _lose(self, generation: int) -> None:
+        """Replace the process of this generation, unless another thread has done so."""
+        with contextlib.suppress(M3EError):
+            self._replace(generation)
+
+    def _replace(self, generation: int) -> None:
+        if generation == self._generation:
+            self._up = False
+        with self._starting:
+            if generation != self._generation or self._closed:
+                return
+            if time.monotonic() - self._failed_at < _RETRY_S:
+                raise WorkerLostError("the inference process could not be started a moment ago")
+            self._kill()
+            self.n_restarts += 1
+            try:
+                self._start()
+            except M3EError:
+                self._failed_at = time.monotonic()
+                raise
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for channel in self._channels:
+            channel.close()
+
+    def _start(self) -> None:
+        pairs = [socket.socketpair() for _ in range(self._n_channels)]
+        theirs = [pair[1].fileno() for pair in pairs]
+        self._process = subprocess.Popen([*self._command, *map(str, theirs)], pass_fds=theirs, stdin=subprocess.DEVNULL)
+        self._channels = []
+        for ours, other in pairs:
+            other.close()
+            self._channels.append(Connection(ours.detach()))
+        try:
+            if not self._channels[0].poll(_START_TIMEOUT_S):
+                raise TimeoutError
+            hello: dict[str, Any] = json.loads(self._channels[0].recv_bytes())
+        except (OSError, EOFError) as error:
+            self._process.kill()
+            raise StartError("the inference process ended before it had opened the bundle") from error
+        if "error" in hello:
+            self._process.wait()
+            raise StartError(str(hello["error"]))
+        self.precision = hello["precision"]
+        self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
+        self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
+        self._generation += 1
+        self._up = True
+
+
+def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str] | None = None) -> None:
+    """Be the process: open the bundle, warm up, then answer until the service is gone."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("precision")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("max_batch_tokens", type=int)
+    parser.add_argument("sockets", type=int, nargs="+")
+    parsed = parser.parse_args(arguments)
+    # The service decides when this process ends; a signal to the whole group must not cut its batches short.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Behind the service itself where both want the processor: a refusal must not wait for a batch.
+    os.nice(5)
+    channels = [Connection(number) for number in parsed.sockets]
+    try:
+        encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=1)
+        hello = {"precision": encoder.precision, "slowest_batch_s": _warm_up(encoder, parsed.max_batch_tokens)}
+    except Exception as error:
+        channels[0].send_bytes(json.dumps({"error": str(error)}).encode())
+        return
+    channels[0].send_bytes(json.dumps(hello).encode())
+    threads = [threading.Thread(target=_answer, args=(encoder, channel), daemon=True) for channel in channels]
+    for thread in threads:
+        thread.start()
+    threads[0].join()  # its socket closes when the service is gone
+
+
+def _warm_up(encoder: Encoder, max_batch_tokens: int) -> float:
+    """Run the widest and the fullest batches once and again; the seconds of the slowest of the second round."""
+    slowest = 0.0
+    widest = encoder.max_seq_length
+    ids = encoder.tokenize_batch(["预热"]).input_ids[0]
+    for width in (4, 16, 64, widest):
+        rows = max(1, max_batch_tokens // width)
+        row = [ids[0], *([ids[1]] * (width - 2)), ids[-1]]
+        encoder.embed([row] * rows)
+        started = time.monotonic()
+        encoder.embed([row] * rows)
+        slowest = max(slowest, time.monotonic() - started)
+    return slowest
+
+
+def _answer(encoder: Encoder, channel: Connection[bytes, bytes]) -> None:
+    with contextlib.suppress(EOFError, OSError):  # the service is gone
+        while True:
+            message = channel.recv_bytes()
+            try:
+                vectors = _run(encoder, message[:1], np.frombuffer(message[1:], dtype=np.int32).tolist())
+                # Four bytes before the floats keep them aligned.
+                answer = _VECTORS + b"\0\0\0" + np.ascontiguousarray(vectors, dtype=np.float32).tobytes()
+            except Exception:
+                answer = _ERROR
+            channel.send_bytes(answer)
+
+
+def _run(encoder: Encoder, kind: bytes, numbers: list[int]) -> Float32Array:
+    n = numbers[0]
+    start = 1 + n
+    input_ids = []
+    for length in numbers[1 : 1 + n]:
+        input_ids.append(numbers[start : start + length])
+        start += length
+    return encoder.embed_tokens(input_ids[0]) if kind == _TOKENS else encoder.embed(input_ids)
+
+
+if __name__ == "__main__":
+    main()
