@@ -127,7 +127,8 @@ def test_a_folder_is_read_by_name(tiny_encoder: Encoder, tmp_path: Path) -> None
 
 
 def test_a_data_set_written_by_datasets(tiny_encoder: Encoder, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets") if os.environ.get("M3E_NO_DATASETS") else __import__("datasets")
+    import datasets
+
     texts = short_texts(40)
     datasets.Dataset.from_dict({"id": list(range(40)), "text": texts}).save_to_disk(tmp_path / "in")
     run(tmp_path / "in", tmp_path / "out.npy", tiny_encoder)

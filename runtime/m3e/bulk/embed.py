@@ -101,6 +101,7 @@ def embed(
     with locked(folder):
         state = resume_or_start(load_state(folder / STATE_NAME), wanted, folder, append=append)
         before = state.rows
+        state.save(folder)  # before any other file: a folder with files and no state is not ours
         sink = _open_sink(output, folder, vectors, fields, state)
         try:
             if not state.complete:
@@ -120,7 +121,6 @@ def _run(
     source: Input, folder: Path, vectors: VectorSource, fields: Fields, sink: Sink, state: State, rows_per_part: int,
     show_progress: bool | None,
 ) -> None:  # fmt: skip
-    state.save(folder)
     rejected = AppendedFile(folder / _REJECTED_NAME, state.rejected_bytes)
     records = source.records(fields, (state.position[0], state.position[1]))
     stream = windows(records, state.records, min(WINDOW_RECORDS, rows_per_part))
