@@ -46,8 +46,17 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def run(source: Path | str, output: Path, encoder: Encoder, *, keep: tuple[str, ...] = (), text: str = "text",
-        format_: str | None = None, options: VectorOptions = VectorOptions(), **rest: Any) -> Summary:  # noqa: B008
+def run(
+    source: Path | str,
+    output: Path,
+    encoder: Encoder,
+    *,
+    keep: tuple[str, ...] = (),
+    text: str = "text",
+    format_: str | None = None,
+    options: VectorOptions = VectorOptions(),
+    **rest: Any,
+) -> Summary:
     # fmt: skip
     return embed(Input(str(source), format_), output, VectorSource(encoder, options), Fields(text, keep), **rest)
 
@@ -237,7 +246,7 @@ def test_another_space_is_refused(tiny_encoder: Encoder, tmp_path: Path, complet
         state = json.loads((tmp_path / "out/_m3e.json").read_text()) | {"complete": False}
         (tmp_path / "out/_m3e.json").write_text(json.dumps(state))
     before = content(tmp_path / "out")
-    with pytest.raises(InputError, match="vectors of another space: {'space_id': '[0-9a-f]{16}'}, this job's are"):
+    with pytest.raises(InputError, match=r"vectors of another space: {'space_id': '[0-9a-f]{16}'}, this job's are"):
         embed(Input(str(source)), tmp_path / "out", other_space(tiny_encoder, tmp_path), Fields("text"), append=append)
     assert content(tmp_path / "out") == before
 

@@ -18,7 +18,7 @@ from m3e import Encoder, InputError
 from m3e.sentence_transformers import SentenceTransformer
 
 # moka-ai/m3e-base, README.md, section "How to use".
-M3E_README = '''
+M3E_README = """
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer('moka-ai/m3e-base')
@@ -38,7 +38,7 @@ for sentence, embedding in zip(sentences, embeddings):
     print("Sentence:", sentence)
     print("Embedding:", [round(float(x), 4) for x in embedding[:5]])
     print("")
-'''
+"""
 CORPUS = """
 corpus = ["今天天气真好", "我想退货", "怎么重置密码", "How do I reset my password?", "The weather is lovely today.",
           "How can I return a product?", "一只猫在睡觉", "A cat is sleeping.", "今天天气很好"]

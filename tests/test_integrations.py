@@ -209,7 +209,7 @@ def test_a_store(store: Callable[[Path, Path], Any], bundle: Path, other: Path, 
     for question, answer in QUESTIONS.items():
         assert again.ask(question) == answer
     again.close()
-    with pytest.raises(Exception, match="space|onflict"):
+    with pytest.raises(Exception, match=r"space|onflict"):
         store(tmp_path / "data", other).add()
 
 
@@ -320,7 +320,11 @@ def test_mteb(bundle: Path, tmp_path: Path) -> None:
 
     from m3e.integrations.mteb import M3EModel
 
-    rows = {"sentence1": DOCUMENTS, "sentence2": [DOCUMENTS[0], *QUESTIONS, "a dog"], "score": [5.0, 4.0, 4.0, 4.0, 0.0]}
+    rows = {
+        "sentence1": DOCUMENTS,
+        "sentence2": [DOCUMENTS[0], *QUESTIONS, "a dog"],
+        "score": [5.0, 4.0, 4.0, 4.0, 0.0],
+    }
 
     class Local(AbsTaskSTS):  # type: ignore[misc, unused-ignore]
         metadata = mteb.get_task("STSBenchmark").metadata.model_copy(update={"name": "LocalSTS"})

@@ -66,7 +66,9 @@ class SentenceTransformer:
         self.default_prompt_name = model.default_prompt_name if default_prompt_name is None else default_prompt_name
         if self.default_prompt_name is not None:
             self._prompt(self.default_prompt_name)
-        self.similarity_fn_name = str(getattr(similarity_fn_name, "value", similarity_fn_name or model.similarity_fn_name))
+        self.similarity_fn_name = str(
+            getattr(similarity_fn_name, "value", similarity_fn_name or model.similarity_fn_name)
+        )
         self.truncate_dim = truncate_dim
         self.backend = backend
 

@@ -101,7 +101,9 @@ def embed_on_ray(
         num_cpus=per_actor,
     ).write_parquet(output)
     if "://" not in output:
-        state = State(space=vectors.space, job={"input": source, "columns": fields.kept, "engine": "ray"}, complete=True)
+        state = State(
+            space=vectors.space, job={"input": source, "columns": fields.kept, "engine": "ray"}, complete=True
+        )
         state.save(Path(output))
 
 

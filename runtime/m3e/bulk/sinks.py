@@ -128,7 +128,10 @@ class NpyFile:
 
     def finish(self) -> None:
         """Write the headers, now that the number of rows is known."""
-        headers = [_npy_header(np.dtype(np.int64), (self._n_rows,)), _npy_header(self._dtype, (self._n_rows, self._dim))]
+        headers = [
+            _npy_header(np.dtype(np.int64), (self._n_rows,)),
+            _npy_header(self._dtype, (self._n_rows, self._dim)),
+        ]
         for file, header in zip((self._rows, self._vectors), headers, strict=True):
             file.write_at_start(header)
 

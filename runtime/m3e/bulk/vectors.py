@@ -56,7 +56,8 @@ class VectorSource:
         self.space: dict[str, Any] = {
             "space_id": encoder.manifest.space_id,
             "dim": self.dim,
-            "normalized": options.normalize or (model.normalize and options.truncate_dim in (None, model.embedding_dim)),
+            "normalized": options.normalize
+            or (model.normalize and options.truncate_dim in (None, model.embedding_dim)),
             "prompt": self._prompt,
             "precision": options.precision,
         }
