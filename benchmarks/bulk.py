@@ -9,6 +9,7 @@ not grow, which is the evidence for the extrapolation: time per commit is a stra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -61,7 +62,7 @@ def run_command(bundle: Path, rows: Path, output: Path, rows_per_part: int) -> d
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"m3e embed ended with {process.returncode}")
-    commits = [sample for before, sample in zip(samples, samples[1:], strict=False) if sample[2] > before[2]]
+    commits = [sample for before, sample in itertools.pairwise(samples) if sample[2] > before[2]]
     return {
         "seconds": time.monotonic() - started,
         "commits": [{"seconds": at, "rows": rows_done} for at, _, rows_done in commits],

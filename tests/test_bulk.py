@@ -54,10 +54,9 @@ def run(
     keep: tuple[str, ...] = (),
     text: str = "text",
     format_: str | None = None,
-    options: VectorOptions = VectorOptions(),
+    options: VectorOptions = VectorOptions(),  # noqa: B008 (frozen)
     **rest: Any,
 ) -> Summary:
-    # fmt: skip
     return embed(Input(str(source), format_), output, VectorSource(encoder, options), Fields(text, keep), **rest)
 
 

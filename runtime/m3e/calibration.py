@@ -1,8 +1,8 @@
 """Similarity -> probability that two texts mean the same: a monotone map learnt from labelled pairs.
 
 M3E's cosines of unrelated texts lie above 0.8, so no threshold can be guessed. The map is isotonic regression (pool
-adjacent violators; Barlow et al., Statistical Inference under Order Restrictions, 1972): no shape is assumed but that more
-similarity never means less.
+adjacent violators; Barlow et al., Statistical Inference under Order Restrictions, 1972): no shape is assumed but that
+more similarity never means less.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same job on a Ray cluster: Ray Data reads, schedules and writes; here are only its actor and the names of columns.
+"""The same job on a Ray cluster: Ray Data reads, schedules and writes; here is its actor.
 
 The rows' numbers are not in the output (a cluster reads many files at once); keep a field that names the row.
 """
@@ -113,5 +113,6 @@ def _is_parquet(source: str) -> bool:
     formats = {file.format for file in Input(source).files}
     if formats == {"parquet"} or formats == {"jsonl"}:
         return formats == {"parquet"}
-    raise InputError(f"Ray reads Parquet or JSON lines here, {source!r} has {' and '.join(sorted(formats))}; use --engine "
-                     "local")  # fmt: skip
+    raise InputError(
+        f"Ray reads Parquet or JSON lines here, {source!r} has {' and '.join(sorted(formats))}; use --engine local"
+    )

@@ -1,7 +1,7 @@
 """Learn from labelled pairs what a bundle's similarities mean.
 
-The file has two texts and 1 (same meaning) or 0 in each line, with tabs between them; a graded score counts as the same
-from --positive-from on. The result lies in the bundle as similarity.json, and `similarity(..., calibrated=True)` uses it.
+The file has two texts and 1 (same meaning) or 0 in each line, with tabs between them; a graded score counts as the
+same from --positive-from on. The result lies in the bundle as similarity.json, for similarity(..., calibrated=True).
 
 Examples:
   m3e calibrate bundles/m3e-base pairs.tsv --precision 0.95
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", help="UTF-8 file: text, text, label, with tabs between them")
     parser.add_argument("--precision", type=float, default=0.95, metavar="P", help="share of the pairs above the "
                         "threshold that shall mean the same (default: 0.95)")  # fmt: skip
-    parser.add_argument("--positive-from", type=float, default=1.0, metavar="X", help="least label of a pair that means "
-                        "the same (default: 1)")  # fmt: skip
+    parser.add_argument("--positive-from", type=float, default=1.0, metavar="X", help="least label of a pair that "
+                        "means the same (default: 1)")  # fmt: skip
     parser.set_defaults(run=_run)
 
 

@@ -27,7 +27,8 @@ class M3EModel(AbsEncoder):
         source = manifest.source.id.replace("/", "__")
         self.mteb_model_meta = ModelMeta(
             loader=None, name=f"m3e-runtime/{source}-{self.model.precision}",
-            revision=manifest.source.revision or manifest.space_id, release_date=None, languages=["zho-Hans", "eng-Latn"],
+            revision=manifest.source.revision or manifest.space_id, release_date=None,
+            languages=["zho-Hans", "eng-Latn"],
             n_parameters=None, memory_usage_mb=None, max_tokens=self.model.max_seq_length,
             embed_dim=self.model.get_sentence_embedding_dimension(), license=None, open_weights=True,
             public_training_code=None, public_training_data=None, framework=["ONNX"],
