@@ -177,8 +177,10 @@ def test_types_shapes_and_values(ours: SentenceTransformer, real: Any, name: str
 def test_every_argument_of_the_real_encode_is_known() -> None:
     import inspect
 
-    expected = [*inspect.signature(sentence_transformers.SentenceTransformer.encode).parameters][2:-1]
-    assert [*inspect.signature(SentenceTransformer.encode).parameters][2:] == expected
+    expected = [*inspect.signature(sentence_transformers.SentenceTransformer.encode).parameters][1:-1]
+    found = [*inspect.signature(SentenceTransformer.encode).parameters][1:]
+    # The first was named sentences until version 6; both names work.
+    assert (found[0], found[-1], found[1:-1]) == ("sentences", "inputs", expected[1:])
 
 
 def test_similarities(ours: SentenceTransformer, real: Any) -> None:
@@ -203,6 +205,7 @@ def test_settings(ours: SentenceTransformer, minilm_encoder: Encoder) -> None:
     pool = ours.start_multi_process_pool()
     np.testing.assert_array_equal(ours.encode_multi_process(["a", "b"], pool), ours.encode(["a", "b"], pool=pool))
     assert ours.eval().to("cpu") is ours
+    np.testing.assert_array_equal(ours.encode(inputs=["a"]), ours.encode(sentences=["a"]))
     assert ours.tokenize(["a"])["input_ids"].tolist() == [[101, 1037, 102]]
 
 

@@ -74,7 +74,7 @@ class SentenceTransformer:
 
     def encode(
         self,
-        sentences: str | Sequence[str] | npt.NDArray[np.str_],
+        sentences: str | Sequence[str] | npt.NDArray[np.str_] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = 32,
@@ -88,6 +88,8 @@ class SentenceTransformer:
         truncate_dim: int | None = None,
         pool: Any = None,
         chunk_size: int | None = None,
+        *,
+        inputs: str | Sequence[str] | npt.NDArray[np.str_] | None = None,
     ) -> Any:
         """Embed texts as sentence-transformers does.
 
@@ -107,6 +109,7 @@ class SentenceTransformer:
             truncate_dim: Keep the first dimensions; None for the model's own setting.
             pool: What `start_multi_process_pool` gave; all cores are used in either case.
             chunk_size: Accepted with ``pool``.
+            inputs: The name of ``sentences`` since version 6.
 
         Returns:
             float32 (n, dim), (dim,) for a single text; as an array, a tensor or a list of tensors.
@@ -114,6 +117,7 @@ class SentenceTransformer:
         Raises:
             InputError: A text or an argument cannot be used.
         """
+        sentences = inputs if sentences is None else sentences
         if device not in (None, "cpu", ["cpu"]) and str(device) != "cpu":
             raise InputError(f"device is {device!r}, expected 'cpu'")
         if prompt is None:
