@@ -58,7 +58,8 @@ vectors = asyncio.run(service.generate_embeddings(TEXTS))
 COMPARE = """
 import numpy as np
 from m3e import Encoder
-np.testing.assert_allclose(np.asarray(vectors), Encoder(sys.argv[1]).encode(TEXTS, normalize_embeddings=True), atol=1e-6)
+expected = Encoder(sys.argv[1]).encode(TEXTS, normalize_embeddings=True)
+np.testing.assert_allclose(np.asarray(vectors), expected, atol=1e-6)
 print("same", np.asarray(vectors).shape)
 """
 GUIDANCE = """
@@ -76,7 +77,8 @@ def answer(lm, question):
     lm += f"Context: {best}\\nQuestion: {question}\\nAnswer: "
     return lm + guidance.select(["the account page", "an issue", "spring"], name="answer")
 
-lm = guidance.models.Mock(b"<s>Context: " + notes[1].encode() + b"\\nQuestion: I forgot my password\\nAnswer: the account page")
+told = f"Context: {notes[1]}\\nQuestion: I forgot my password\\nAnswer: the account page"
+lm = guidance.models.Mock(b"<s>" + told.encode())
 print((lm + answer("I forgot my password"))["answer"])
 """
 

@@ -118,6 +118,8 @@ class SentenceTransformer:
             InputError: A text or an argument cannot be used.
         """
         sentences = inputs if sentences is None else sentences
+        if sentences is None:
+            raise InputError("sentences is None, expected a str or a list of str")
         if device not in (None, "cpu", ["cpu"]) and str(device) != "cpu":
             raise InputError(f"device is {device!r}, expected 'cpu'")
         if prompt is None:
