@@ -257,6 +257,7 @@ def test_appending(tiny_encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a complete job with another input; add --append"):
         run(second, tmp_path / "out", tiny_encoder)
     assert run(second, tmp_path / "out", tiny_encoder, append=True).new_rows == 20
+    assert run(second, tmp_path / "out", tiny_encoder, append=True).new_rows == 0
     rows, vectors = read(tmp_path / "out")
     assert rows == list(range(50))
     np.testing.assert_array_equal(vectors, tiny_encoder.encode(texts))

@@ -94,7 +94,7 @@ def resume_or_start(state: State | None, wanted: State, folder: Path, *, append:
         raise InputError(f"{str(folder)!r} holds vectors of another space: {there}, this job's are {here}; "
                          "they cannot be compared. Choose another -o")  # fmt: skip
     changed = [name for name in wanted.job if state.job.get(name) != wanted.job[name]]
-    if not changed and not (append and state.complete):
+    if not changed:  # also a complete one: the same command twice adds nothing twice
         return state
     if not state.complete:
         raise InputError(

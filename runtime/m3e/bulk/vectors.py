@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from m3e.encoder import Encoder, TruncationWarning
 from m3e.errors import InputError
+from m3e.tokenizer import check_texts
 
 VectorType = Literal["float32", "float16", "int8"]
 # One character becomes at most 18 by Unicode normalisation (U+FDFA; Unicode Standard Annex 15, table 7).
@@ -72,7 +73,7 @@ class VectorSource:
             InputError: A vector does not fit into float16.
         """
         places: dict[str, int] = {}
-        inverse = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.intp)
+        inverse = np.array([places.setdefault(text, len(places)) for text in check_texts(texts)], dtype=np.intp)
         different = [self._prompt + text for text in places]
         options = self.options
         with warnings.catch_warnings():
