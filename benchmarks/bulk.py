@@ -73,8 +73,8 @@ def run_command(bundle: Path, rows: Path, output: Path, rows_per_part: int) -> d
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bulk", description=__doc__)
-    parser.add_argument("--rows", type=int, default=98_304)
-    parser.add_argument("--rows-per-part", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=65_536)
+    parser.add_argument("--rows-per-part", type=int, default=4096)
     parser.add_argument("--bundle", type=Path, help="default: m3e-small's shape, made here")
     parser.add_argument("--output", type=Path, default=RECORD)
     parsed = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
                     accept_accuracy=True)  # fmt: skip
         texts = write_rows(folder / "rows.jsonl", parsed.rows)
         # The library's own speed, before and after, so that a machine that drifts shows.
-        encoder, sample = Encoder(bundle), texts[: min(len(texts), 32768)]
+        encoder, sample = Encoder(bundle), texts[: min(len(texts), 16384)]
         encoder.encode(sample[:2048])
         own: list[float] = []
 

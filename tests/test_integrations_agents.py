@@ -91,7 +91,7 @@ def python() -> Path:
         (folder,) = ENVIRONMENT.glob("lib/python3*/site-packages")
         behind = [str(Path(m3e.__file__).parents[1]), *(entry for entry in sys.path if entry.endswith("site-packages"))]
         (folder / "behind.pth").write_text("\n".join(behind) + "\n")
-        install = [ENVIRONMENT / "bin/pip", "install", "-q", "semantic-kernel>=1.30", "guidance>=0.2"]
+        install = [str(ENVIRONMENT / "bin/pip"), "install", "-q", "semantic-kernel>=1.30", "guidance>=0.2"]
         subprocess.run(install, check=True, capture_output=True)
         (ENVIRONMENT / "complete").touch()
     return ENVIRONMENT / "bin" / "python"

@@ -77,9 +77,10 @@ class Input:
 
     def total_rows(self) -> int | None:
         """Count the rows where the files say how many they have."""
-        if any(file.format != "parquet" or "://" in file.path for file in self.files):
+        if any(not file.path.endswith(".parquet") or "://" in file.path for file in self.files):
             return None
-        return sum(import_parquet().read_metadata(file.path).num_rows for file in self.files)
+        rows: int = sum(import_parquet().read_metadata(file.path).num_rows for file in self.files)
+        return rows
 
     def fraction_read(self) -> float | None:
         """How much of the bytes was read, 0 to 1; None where that is not known."""
