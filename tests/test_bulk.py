@@ -313,7 +313,7 @@ def test_a_crash_at_every_durable_step_changes_nothing(tiny_encoder: Encoder, tm
 def kill_and_resume(bundle: Path, source: Path, folder: Path, form: str, after_s: float) -> bool:
     """Start the command, kill it after a while, run it again; tells whether the kill came in time."""
     command = [sys.executable, "-c", COMMAND, "embed", str(source), "-o", str(folder / form), "--bundle", str(bundle),
-               "--rows-per-part", "1500", "--threads", "1"]  # fmt: skip
+               "--rows-per-part", "500", "--threads", "1"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(Path(m3e.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     state = folder / (form if form == "folder" else f"{form}.partial") / "_m3e.json"
@@ -333,7 +333,7 @@ def check_kills(bundle: Path, encoder: Encoder, tmp_path: Path, n: int, n_rows: 
     for form in FORMS:
         started = time.monotonic()
         run(source, tmp_path / "whole" / form, encoder, keep=() if form.endswith("npy") else ("text",),
-            rows_per_part=1500)  # fmt: skip
+            rows_per_part=500)  # fmt: skip
         spans[form] = time.monotonic() - started
     rng, in_time = random.Random(os.getpid()), 0
     for i in range(n):
@@ -347,7 +347,7 @@ def check_kills(bundle: Path, encoder: Encoder, tmp_path: Path, n: int, n_rows: 
 
 
 def test_kill_minus_nine_at_random_moments(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
-    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=5, n_rows=4000)
+    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=5, n_rows=2500)
 
 
 @pytest.mark.long
