@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from m3e.bundle import SIDE_NAME
 from m3e.errors import ExportError
 from m3e.manifest import MANIFEST_NAME
 
@@ -92,7 +93,7 @@ def _is_bundle(folder: Path) -> bool:
     """Whether a manifest of ours accounts for every file; other programs write a manifest.json too."""
     try:
         content = json.loads((folder / MANIFEST_NAME).read_bytes())
-        declared = {MANIFEST_NAME, *content["files"]}
+        declared = {MANIFEST_NAME, SIDE_NAME, *content["files"]}
         files = [path for path in folder.rglob("*") if not path.is_dir()]
         return "format_version" in content and all(path.relative_to(folder).as_posix() in declared for path in files)
     except (OSError, ValueError, KeyError, TypeError):

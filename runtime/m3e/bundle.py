@@ -14,6 +14,10 @@ from pathlib import Path
 from m3e.errors import BundleError
 from m3e.manifest import MANIFEST_NAME, File, Graph, Manifest
 
+# The one file that may come later: what this bundle's similarities mean, learnt on its owner's pairs. It decides no
+# vector, so the manifest does not know it; it carries its own hash.
+SIDE_NAME = "similarity.json"
+
 _MAX_MANIFEST_BYTES = 16 << 20
 _REPAIR = "convert the checkpoint again, or copy the bundle again"
 
@@ -87,6 +91,15 @@ class Bundle:
             raise BundleError(f"{str(self.folder)!r} has no {name} among its manifest's files; {_REPAIR}")
         return self._read(name, self.manifest.files[name])
 
+    def side_file(self) -> bytes | None:
+        """Read ``similarity.json``; None where the bundle has none. Its reader checks the hash that it carries.
+
+        Raises:
+            BundleError: It is not a plain file of a sensible size.
+        """
+        path = self.folder / SIDE_NAME
+        return self._read(SIDE_NAME, None) if path.exists() or path.is_symlink() else None
+
     def verify(self) -> None:
         """Hash every file.
 
@@ -104,7 +117,7 @@ class Bundle:
             if path.is_symlink() or not path.is_dir()
         }
         problems = [f"{name} is missing" for name in sorted(declared.keys() - present)]
-        problems += [f"{name} is not in the manifest" for name in sorted(present - declared.keys())]
+        problems += [f"{name} is not in the manifest" for name in sorted(present - declared.keys() - {SIDE_NAME})]
         problems += [f"graph {graph.file} is not among the files" for graph in self.manifest.graphs
                      if graph.file not in declared]  # fmt: skip
         for name in sorted(self.manifest.files.keys() & present):

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.bundle import Bundle
+from m3e.calibration import load_calibration
 from m3e.canary import check_canary
 from m3e.cpu import available_threads, cpu_features
 from m3e.errors import BundleError, InputError
@@ -75,6 +76,7 @@ class Encoder:
         self._graph = _choose(opened, precision, device)
         self.num_threads = num_threads or available_threads()
         self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
+        self.calibration = load_calibration(opened.side_file(), self.manifest)
         self._opening = threading.Lock()
         self._open(opened)
         check_canary(self.manifest, self._graph, self._tokenizer, self._session)
@@ -163,9 +165,24 @@ class Encoder:
         while texts := list(itertools.islice(stream, window)):
             yield from self.encode(texts, **arguments)
 
-    def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike) -> Float32Array:
-        """Compare every vector of a (n, dim) with every one of b (m, dim) by the model's function: float32 (n, m)."""
-        return similarity(a, b, self.manifest.model.similarity_fn_name)
+    def similarity(self, a: npt.ArrayLike, b: npt.ArrayLike, *, calibrated: bool = False) -> Float32Array:
+        """Compare every vector of a (n, dim) with every one of b (m, dim) by the model's function: float32 (n, m).
+
+        Args:
+            a: (n, dim) or (dim,).
+            b: (m, dim) or (dim,).
+            calibrated: Give the probability that two texts mean the same, as ``m3e calibrate`` learnt it, instead of
+                the bare number.
+
+        Raises:
+            InputError: Other shapes, or ``calibrated`` and the bundle was never calibrated.
+        """
+        scores = similarity(a, b, self.manifest.model.similarity_fn_name)
+        if not calibrated:
+            return scores
+        if self.calibration is None:
+            raise InputError(f"{str(self._folder)!r} is not calibrated; run: m3e calibrate {self._folder} PAIRS.tsv")
+        return self.calibration(scores)
 
     def tokenize(self, sentences: str | Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
         """Give the graph's inputs for some texts: ``input_ids`` and ``attention_mask``, int64 (n, seq_len)."""

@@ -1,0 +1,417 @@
+"""m3e embed: every input and output, and a kill at any moment costs nothing."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+import m3e
+from m3e import Encoder, InputError
+from m3e.bulk import durable, readers
+from m3e.bulk.embed import Summary, embed
+from m3e.bulk.inputs import Input
+from m3e.bulk.records import Fields
+from m3e.bulk.vectors import VectorOptions, VectorSource
+from m3e.bulk.windows import windows
+from m3e.cli.main import main
+
+FORMS = ["folder", "vectors.parquet", "vectors.npy", "vectors.jsonl"]
+COMMAND = "from m3e.cli.main import main; raise SystemExit(main())"
+
+
+def short_texts(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(chr(rng.randrange(0x4E00, 0x5E00)) for _ in range(rng.randint(1, 12))) for _ in range(n)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(
+    source: Path | str,
+    output: Path,
+    encoder: Encoder,
+    *,
+    keep: tuple[str, ...] = (),
+    text: str = "text",
+    format_: str | None = None,
+    options: VectorOptions = VectorOptions(),  # noqa: B008 (frozen)
+    **rest: Any,
+) -> Summary:
+    return embed(Input(str(source), format_), output, VectorSource(encoder, options), Fields(text, keep), **rest)
+
+
+def read(output: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """Row numbers and vectors of any form of output."""
+    if output.suffix == ".npy":
+        return np.load(f"{output}.rows.npy").tolist(), np.load(output, mmap_mode="r")
+    if output.suffix == ".jsonl":
+        rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+        return [row["row"] for row in rows], np.array([row["embedding"] for row in rows], dtype=np.float32)
+    table = pyarrow.dataset.dataset(output, exclude_invalid_files=False).to_table()
+    values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return table["row"].to_pylist(), values.reshape(table.num_rows, -1)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of an output by name; the state's length of time is not in it, so all bytes must agree."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vectors_are_encodes_own_in_input_order(tiny_encoder: Encoder, tmp_path: Path, form: str) -> None:
+    texts = [*short_texts(300), "", "同", "同", "长" * 600, *short_texts(50, seed=1)]
+    summary = run(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / form, tiny_encoder, rows_per_part=100)
+    assert (summary.rows, summary.new_rows, summary.rejected, summary.truncated) == (354, 354, 0, 1)
+    rows, vectors = read(tmp_path / form)
+    assert rows == list(range(354))
+    with pytest.warns(m3e.TruncationWarning):
+        np.testing.assert_array_equal(vectors, tiny_encoder.encode(texts))
+    assert run(tmp_path / "in.jsonl", tmp_path / form, tiny_encoder, rows_per_part=100).new_rows == 0
+
+
+def csv_bytes(texts: list[str]) -> bytes:
+    return ("\ufeffid,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts))).encode()
+
+
+def parquet_bytes(texts: list[str]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), file, row_group_size=7)
+    return file.getvalue()
+
+
+INPUTS: dict[str, Callable[[list[str]], bytes]] = {
+    "a.jsonl": lambda texts: "\n".join(json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)).encode(),
+    "a.csv": csv_bytes,
+    "a.tsv": lambda texts: ("id\ttext\n" + "".join(f"{i}\t{t}\r\n" for i, t in enumerate(texts))).encode(),
+    "a.txt": lambda texts: "\n".join(texts).encode(),
+    "a.parquet": parquet_bytes,
+    "a.jsonl.gz": lambda texts: gzip.compress(INPUTS["a.jsonl"](texts)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("skip", [0, 1, 6, 7, 8, 29, 30])
+def test_a_reader_goes_on_from_any_record(tmp_path: Path, name: str, skip: int) -> None:
+    texts = short_texts(30)
+    (tmp_path / name).write_bytes(INPUTS[name](texts))
+    fields = Fields("text", () if name == "a.txt" else ("id:int",))
+    records = list(Input(str(tmp_path / name)).records(fields, (0, skip)))
+    assert [record.text for record in records] == texts[skip:]
+    assert [record.number for record in records] == list(range(skip + 1, 31))
+    if name != "a.txt":
+        assert [record.kept for record in records] == [(i,) for i in range(skip, 30)]
+
+
+def test_a_folder_is_read_by_name(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    folder, texts = tmp_path / "in", short_texts(90)
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_bytes(INPUTS["a.txt"](texts[30:60]))
+    (folder / "a.jsonl").write_bytes(INPUTS["a.jsonl"](texts[:30]))
+    (folder / "sub" / "c.parquet").write_bytes(parquet_bytes(texts[60:]))
+    for other in ("image.png", ".hidden.txt", "_m3e.json"):
+        (folder / other).write_bytes(b"\xff")
+    run(folder, tmp_path / "out", tiny_encoder, keep=("text",), rows_per_part=20)
+    assert pyarrow.dataset.dataset(tmp_path / "out").to_table()["text"].to_pylist() == texts
+
+
+def test_a_data_set_written_by_datasets(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    import datasets
+
+    texts = short_texts(40)
+    datasets.Dataset.from_dict({"id": list(range(40)), "text": texts}).save_to_disk(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out.npy", tiny_encoder)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), tiny_encoder.encode(texts))
+    assert [r.text for r in Input(str(tmp_path / "in")).records(Fields("text"), (0, 37))] == texts[37:]
+
+
+def test_bad_records_go_to_a_side_file(tiny_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_MAX_LINE_BYTES", 64)
+    lines = [
+        b'{"text": "a", "id": 1}', b"{", b"[1]", b'{"id": 3}', b'{"text": null}', b'{"text": "\\ud800"}',
+        b'{"text": "b", "id": "x"}', b'{"text": "\xff"}', b'{"text": "' + b"x" * 200 + b'"}', b'{"text": "b"}',
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    summary = run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", tiny_encoder, keep=("id:int",))
+    assert (summary.rows, summary.rejected) == (2, 8)
+    assert read(tmp_path / "out.jsonl")[0] == [0, 9]
+    rejected = [json.loads(line) for line in Path(f"{tmp_path}/out.jsonl.rejected.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rejected] == [2, 3, 4, 5, 6, 7, 8, 9]
+    expected = ["not JSON: ", "a JSON list, expected an object", "there is no field 'text', only id", "field 'text' is "
+                "null, expected text", "lone surrogate at character 0", "field 'id' is x, expected int", "not JSON: ",
+                "longer than 0 MiB"]  # fmt: skip
+    for row, problem in zip(rejected, expected, strict=True):
+        assert problem in row["problem"]
+        assert row["file"] == "in.jsonl"
+
+
+def test_bad_rows_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes(b'text,id\n"two\nlines",1\nshort\n\xff,3\n"' + b"x" * 200_000 + b'",4\nlast,5\n')
+    records = list(Input(str(tmp_path / "in.csv")).records(Fields("text")))
+    assert [(record.text, record.line) for record in records if record.text] == [("two\nlines", 3), ("last", 7)]
+    assert [record.problem.split(":")[0] for record in records if not record.text] == [
+        "1 values, the header has 2", "field 'text' is not valid Unicode", "not CSV"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("float32", {}),
+        ("float16", {}),
+        ("int8", {}),
+        ("float16", {"normalize": True, "truncate_dim": 8}),
+        ("int8", {"normalize": True}),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_vector_types(
+    tiny_encoder: Encoder, tmp_path: Path, precision: Any, options: dict[str, Any], form: str
+) -> None:
+    texts = short_texts(40)
+    run(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / form, tiny_encoder,
+        options=VectorOptions(precision=precision, **options))  # fmt: skip
+    expected = tiny_encoder.encode(
+        texts, precision="int8" if precision == "int8" else "float32",
+        normalize_embeddings=options.get("normalize", False), truncate_dim=options.get("truncate_dim"),
+    ).astype(precision)  # fmt: skip
+    vectors = read(tmp_path / form)[1]
+    assert vectors.dtype == expected.dtype
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_parquet_is_a_fixed_size_list_that_names_its_space(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(10))
+    run(source, tmp_path / "out.parquet", tiny_encoder, keep=("id:int", "text"))
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.names == ["row", "id", "text", "truncated", "embedding"]
+    assert schema.field("embedding").type == pa.list_(pa.float32(), 64)
+    assert json.loads(schema.metadata[b"m3e"])["space_id"] == tiny_encoder.manifest.space_id
+
+
+def test_equal_texts_of_a_window_are_embedded_once(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = VectorSource(tiny_encoder, VectorOptions())
+    seen: list[str] = []
+    encode = tiny_encoder.encode
+
+    def counting(texts: Any, *args: Any, **arguments: Any) -> Any:
+        seen.extend(texts)
+        return encode(texts, *args, **arguments)
+
+    monkeypatch.setattr(tiny_encoder, "encode", counting)
+    vectors, _ = source.embed(["a", "b", "a", "a"])
+    assert seen == ["a", "b"]
+    np.testing.assert_array_equal(vectors, encode(["a", "b", "a", "a"]))
+
+
+def test_windows_are_bounded_by_records_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3e.bulk.windows._MAX_WINDOW_CHARACTERS", 10)
+    (tmp_path / "in.txt").write_text("123456\n123456\n" + "1\n" * 7)
+    found = list(windows(Input(str(tmp_path / "in.txt")).records(Fields("text")), 100, 5))
+    assert [(window.rows, window.position) for window in found] == [
+        ([100, 101], (0, 2)), ([102, 103, 104, 105, 106], (0, 7)), ([107, 108], (0, 9))]  # fmt: skip
+
+
+def other_space(encoder: Encoder, tmp_path: Path) -> VectorSource:
+    vectors = VectorSource(encoder, VectorOptions())
+    vectors.space = {**vectors.space, "space_id": "another"}
+    return vectors
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("append", [True, False])
+def test_another_space_is_refused(tiny_encoder: Encoder, tmp_path: Path, complete: bool, append: bool) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(10))
+    run(source, tmp_path / "out", tiny_encoder)
+    if not complete:
+        state = json.loads((tmp_path / "out/_m3e.json").read_text()) | {"complete": False}
+        (tmp_path / "out/_m3e.json").write_text(json.dumps(state))
+    before = content(tmp_path / "out")
+    with pytest.raises(InputError, match=r"vectors of another space: {'space_id': '[0-9a-f]{16}'}, this job's are"):
+        embed(Input(str(source)), tmp_path / "out", other_space(tiny_encoder, tmp_path), Fields("text"), append=append)
+    assert content(tmp_path / "out") == before
+
+
+def test_appending(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    texts = short_texts(50)
+    first, second = write_jsonl(tmp_path / "1.jsonl", texts[:30]), write_jsonl(tmp_path / "2.jsonl", texts[30:])
+    run(first, tmp_path / "out", tiny_encoder)
+    with pytest.raises(InputError, match="holds a complete job with another input; add --append"):
+        run(second, tmp_path / "out", tiny_encoder)
+    assert run(second, tmp_path / "out", tiny_encoder, append=True).new_rows == 20
+    assert run(second, tmp_path / "out", tiny_encoder, append=True).new_rows == 0
+    rows, vectors = read(tmp_path / "out")
+    assert rows == list(range(50))
+    np.testing.assert_array_equal(vectors, tiny_encoder.encode(texts))
+
+
+class Killed(BaseException):
+    """A process that ends here: nothing catches it, and what is not on the disk is gone."""
+
+
+def crash_points(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[str]:
+    """Let the call number ``at`` of those that make things durable raise, before it does its work."""
+    calls = iter(range(1, 10**6))
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == at:
+                raise Killed
+            return original(*arguments, **options)
+
+        return failing
+
+    monkeypatch.setattr(durable.os, "replace", wrap(os.replace))
+    monkeypatch.setattr(durable.os, "fsync", wrap(os.fsync))
+    monkeypatch.setattr("m3e.bulk.embed.shutil.rmtree", wrap(__import__("shutil").rmtree))
+    monkeypatch.setattr(Path, "rename", wrap(Path.rename))
+    monkeypatch.setattr(Path, "mkdir", wrap(Path.mkdir))
+    yield ""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_crash_at_every_durable_step_changes_nothing(tiny_encoder: Encoder, tmp_path: Path, form: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f'{{"text": "{t}"}}\n' for t in short_texts(40)) + "bad\n")
+    vectors, fields, made = VectorSource(tiny_encoder, VectorOptions()), Fields("text"), 0
+
+    def job(folder: str) -> None:
+        embed(Input(str(source)), tmp_path / folder / form, vectors, fields, rows_per_part=15)
+
+    job("whole")
+    for at in range(1, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            next(crash_points(patch, at))
+            try:
+                job(f"killed{at}")
+                break
+            except Killed:
+                made += 1
+        job(f"killed{at}")
+        assert content(tmp_path / f"killed{at}") == content(tmp_path / "whole"), at
+    assert made > 10
+
+
+def kill_and_resume(bundle: Path, source: Path, folder: Path, form: str, after_s: float) -> bool:
+    """Start the command, kill it after a while, run it again; tells whether the kill came in time."""
+    command = [sys.executable, "-c", COMMAND, "embed", str(source), "-o", str(folder / form), "--bundle", str(bundle),
+               "--rows-per-part", "500", "--threads", "1"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(m3e.__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    state = folder / (form if form == "folder" else f"{form}.partial") / "_m3e.json"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(after_s)
+    killed = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return killed
+
+
+def check_kills(bundle: Path, encoder: Encoder, tmp_path: Path, n: int, n_rows: int) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(n_rows))
+    spans = {}
+    for form in FORMS:
+        started = time.monotonic()
+        run(source, tmp_path / "whole" / form, encoder, keep=() if form.endswith("npy") else ("text",),
+            rows_per_part=500)  # fmt: skip
+        spans[form] = time.monotonic() - started
+    rng, in_time = random.Random(os.getpid()), 0
+    for i in range(n):
+        form, folder = FORMS[i % len(FORMS)], tmp_path / f"killed{i}"
+        after_s = rng.uniform(0, spans[form])
+        folder.mkdir()
+        in_time += kill_and_resume(bundle, source, folder, form, after_s)
+        expected = {name: data for name, data in content(tmp_path / "whole").items() if name.startswith(form)}
+        assert content(folder) == expected, (form, after_s)
+    assert in_time >= n // 2
+
+
+def test_kill_minus_nine_at_random_moments(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=5, n_rows=2500)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_kill_minus_nine_at_fifty_random_moments(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=50, n_rows=12000)
+
+
+def test_two_processes_do_not_mix(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    from m3e.bulk.job import locked
+
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="another process is writing"):
+        run(write_jsonl(tmp_path / "in.jsonl", ["a"]), tmp_path / "out", tiny_encoder)
+
+
+def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(20))
+    arguments = ["embed", str(source), "-o", str(tmp_path / "out"), "--bundle", str(tiny_bundle), "--keep", "id:int"]
+    assert main(arguments) == 0
+    assert f"{tmp_path}/out: 20 vectors, 0 of texts that were cut, 0 records rejected, " in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert pq.read_schema(tmp_path / "out/part-000000.parquet").names == ["row", "id", "text", "truncated", "embedding"]
+
+
+def test_standard_input(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    texts = short_texts(20)
+    command = [sys.executable, "-c", COMMAND, "embed", "-", "-o", str(tmp_path / "o.npy"), "--bundle", str(tiny_bundle)]
+    environment = os.environ | {"PYTHONPATH": str(Path(m3e.__file__).parents[1])}
+    subprocess.run(command, env=environment, input="\n".join(texts).encode(), check=True, capture_output=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), tiny_encoder.encode(texts))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jsonl", "-o", "out"], "no input at 'missing.jsonl'"),
+        (["in.xyz", "-o", "out"], "the format of 'in.xyz' is not known from its ending"),
+        (["in.jsonl", "-o", "out", "--text-field", "body"], "there is no field 'body', only id, text. Name the text's"),
+        (["in.csv", "-o", "out", "--text-field", "body"], "no column 'body', only 'id', 'text'"),
+        (["in.jsonl", "-o", "full"], "'full' holds files of something else"),
+        (["in.jsonl", "-o", "x.npy", "--keep", "id"], "an .npy file holds vectors alone"),
+        (["in.jsonl", "-o", "out", "--keep", "id", "id:int"], "two columns named 'id'"),
+        (["in.jsonl", "-o", "there.npy"], "'there.npy' exists and is not this job's output"),
+        (["in.jsonl", "-o", "out", "--rows-per-part", "0"], "rows_per_part is 0"),
+        (["in.jsonl", "-o", "out", "--truncate-dim", "99"], "truncate_dim is 99"),
+        (["in.jsonl", "-o", "out", "--prompt-name", "q"], "no prompt named 'q'"),
+        (["empty", "-o", "out"], "'empty' holds no file that ends in"),
+    ],
+)
+def test_what_is_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("in.jsonl"), ["a"])
+    Path("in.csv").write_bytes(csv_bytes(["a"]))
+    for name in ("in.xyz", "there.npy"):
+        Path(name).write_bytes(b"")
+    for name in ("full", "empty"):
+        Path(name).mkdir()
+    Path("full/of.something").write_bytes(b"")
+    assert main(["embed", *arguments, "--bundle", str(tiny_bundle)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert message in said.err

@@ -1,0 +1,132 @@
+"""Ray and Spark, each with local processes of its own: the same vectors, and a killed worker costs no row."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+import m3e
+from m3e import Encoder, InputError
+from m3e.bulk.on_ray import embed_on_ray
+from m3e.bulk.records import Fields
+from m3e.bulk.vectors import VectorOptions
+from m3e.cli.main import main
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(280)]
+ROOT = str(Path(m3e.__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    rng = random.Random(0)
+    return ["".join(chr(rng.randrange(0x4E00, 0x5E00)) for _ in range(rng.randint(1, 12))) for _ in range(24000)]
+
+
+@pytest.fixture(scope="module")
+def source(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("in")
+    for i in range(4):
+        rows = range(i * 6000, (i + 1) * 6000)
+        pq.write_table(pa.table({"id": rows, "text": [texts[j] for j in rows]}), folder / f"{i}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    import ray
+    import ray.data
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20,
+             runtime_env={"env_vars": {"PYTHONPATH": ROOT}})  # fmt: skip
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+def check(output: Path, texts: list[str], encoder: Encoder) -> None:
+    table = pyarrow.dataset.dataset(output).to_table().sort_by("id")
+    assert table["id"].to_pylist() == list(range(len(texts)))
+    assert table["text"].to_pylist() == texts
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(texts), -1)
+    np.testing.assert_array_equal(vectors, encoder.encode(texts))
+
+
+def kill_one_actor(killed: list[int], stop: threading.Event) -> None:
+    """Kill the first actor that has opened the bundle, once it has had time to begin a batch."""
+    while not stop.is_set() and not killed:
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if "ray::" in line and "EncodeBatches" in line and process.pid != os.getpid():
+                time.sleep(1)
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                break
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_costs_no_row(
+    cluster: Any, source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_one_actor, args=(killed, stop))
+    killer.start()
+    try:
+        embed_on_ray(str(source), str(tmp_path / "out"), str(tiny_bundle), Fields("text", ("id:int", "text")),
+                     VectorOptions(), workers=2)  # fmt: skip
+    finally:
+        stop.set()
+        killer.join()
+    assert killed
+    check(tmp_path / "out", texts, tiny_encoder)
+
+
+def test_the_command_on_ray(
+    cluster: Any, source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = ["embed", str(source), "-o", str(tmp_path / "out"), "--bundle", str(tiny_bundle), "--keep", "id:int",
+                 "--engine", "ray", "--workers", "2"]  # fmt: skip
+    assert main(arguments) == 0
+    check(tmp_path / "out", texts, tiny_encoder)
+    schema = pq.read_schema(next((tmp_path / "out").glob("*.parquet")))
+    assert schema.field("embedding").type == pa.list_(pa.float32(), 64)
+    assert main(arguments) == 2
+    assert "Ray writes into a new folder" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no column 'body'"):
+        embed_on_ray(str(source), str(tmp_path / "x"), str(tiny_bundle), Fields("body"), VectorOptions())
+
+
+def test_spark(source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    from pyspark.sql import SparkSession
+
+    from m3e.bulk.on_spark import embed_partitions, output_schema
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    spark = (
+        SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
+        .config("spark.driver.bindAddress", "127.0.0.1").config("spark.driver.host", "127.0.0.1").getOrCreate()
+    )  # fmt: skip
+    try:
+        rows = spark.read.parquet(str(source)).repartition(4)
+        embed = embed_partitions(str(tiny_bundle), "text")
+        rows.mapInPandas(embed, output_schema(rows)).write.parquet(str(tmp_path / "out"))
+    finally:
+        spark.stop()
+    table = pyarrow.dataset.dataset(tmp_path / "out").to_table().sort_by("id")
+    assert table["text"].to_pylist() == texts
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(texts), -1)
+    np.testing.assert_array_equal(vectors, tiny_encoder.encode(texts))
