@@ -195,8 +195,9 @@ def write_record(path: Path, content: Mapping[str, Any]) -> Record:
     """Validate a record and write it, one series a line."""
     plain = json.loads(json.dumps(content, ensure_ascii=False))
     record = parse_record(plain, str(path))
-    series = ",\n".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")) for one in plain.pop("series"))
-    head = json.dumps(plain, ensure_ascii=False, indent=1).removesuffix("\n}")
+    series = ",\n".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")) for one in plain["series"])
+    rest = {name: value for name, value in plain.items() if name != "series"}
+    head = json.dumps(rest, ensure_ascii=False, indent=1).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head},\n "series": [\n{series}\n]\n}}\n', encoding="utf-8")
     return record

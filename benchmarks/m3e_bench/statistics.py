@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from m3e_bench.record import Series
 
-STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
+STATISTICS: dict[str, Callable[[npt.ArrayLike], float]] = {
     "median": lambda samples: float(np.median(samples)),
     "p50": lambda samples: float(np.percentile(samples, 50)),
     "p95": lambda samples: float(np.percentile(samples, 95)),
@@ -46,7 +48,7 @@ def ratio(series: Series, to: Series, statistic: str = "median") -> Ratio:
 
 
 def resampled_change(
-    old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], statistic: str, draws: int = 2000
+    old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], statistic: str, draws: int = 400
 ) -> tuple[float, float, float]:
     """Change of a statistic from old to new, and its interval of 90 % by the bootstrap (Efron 1979).
 
@@ -58,14 +60,15 @@ def resampled_change(
     """
     rng = np.random.default_rng(0)
     compute = STATISTICS[statistic]
+    whole = [[np.asarray(group) for group in rounds] for rounds in (old, new)]
 
-    def draw(rounds: Sequence[Sequence[float]]) -> float:
+    def draw(rounds: list[np.ndarray[Any, Any]]) -> float:
         if len(rounds) >= 3:
-            return compute([x for i in rng.integers(0, len(rounds), len(rounds)) for x in rounds[i]])
-        flat = [x for group in rounds for x in group]
-        return compute([flat[i] for i in rng.integers(0, len(flat), len(flat))])
+            return compute(np.concatenate([rounds[i] for i in rng.integers(0, len(rounds), len(rounds))]))
+        flat = np.concatenate(rounds)
+        return compute(flat[rng.integers(0, len(flat), len(flat))])
 
-    before, after = (compute([x for group in rounds for x in group]) for rounds in (old, new))
-    changes = [draw(new) / draw(old) - 1 for _ in range(draws)]
+    before, after = (compute(np.concatenate(rounds)) for rounds in whole)
+    changes = [draw(whole[1]) / draw(whole[0]) - 1 for _ in range(draws)]
     low, high = np.percentile(changes, [5, 95])
     return after / before - 1, float(low), float(high)
