@@ -67,7 +67,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--endpoint", action="append", default=[], metavar="NAME=URL", help="a server of OpenAI's /v1/embeddings"
     )
     _add_data(parser)
-    parser.add_argument("--threads", type=int, default=available_threads(), help="of each engine (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=available_threads(), help="of each engine (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, help="turns of each engine for each figure")
     parser.add_argument("--questions", nargs="+", choices=commands.QUESTIONS, default=list(commands.QUESTIONS))
     parser.add_argument(

@@ -56,6 +56,7 @@ def run(parsed: argparse.Namespace) -> None:
         content = current.record()
     output = parsed.output or parsed.work / "report"
     record = write_record(output.with_name(output.name + ".json"), content)
+    current.finish()
     _write_reports(record, output, parsed.price_per_hour)
     if not any(one.engine.startswith("m3e-") for one in record.series) and any(engine.ours for engine in engines):
         raise M3EError("nothing of ours could be measured; the record says why")

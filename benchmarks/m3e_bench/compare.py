@@ -175,8 +175,7 @@ def _ratios(record: Record, relative_to: str | None) -> list[Series]:
             continue
         medians = [STATISTICS["median"](group) for group in other.samples]
         samples = tuple(
-            tuple(sample / divisor for sample in group)
-            for group, divisor in zip(series.samples, medians, strict=False)
+            tuple(sample / divisor for sample in group) for group, divisor in zip(series.samples, medians, strict=False)
         )
         result.append(
             Series(

@@ -15,7 +15,7 @@ from typing import Any
 
 from m3e import M3EError
 
-_WORKER = Path(__file__).parent / "engines" / "worker.py"
+WORKER = Path(__file__).parent / "engines" / "worker.py"
 
 
 class EngineError(M3EError):
@@ -48,12 +48,17 @@ class EngineProcess:
         self.started = time.time()
         with log.open("a") as errors:
             self._process = subprocess.Popen(
-                [str(python), "-P", str(_WORKER), name],
+                [str(python), "-P", str(WORKER), name],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True,
             )  # fmt: skip
         self._selector = selectors.DefaultSelector()
         assert self._process.stdout is not None
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def request(self, operation: str, timeout_s: float = 900, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer.

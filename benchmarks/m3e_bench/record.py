@@ -171,7 +171,9 @@ def parse_record(content: Mapping[str, Any], name: str) -> Record:
     Raises:
         RecordError: It is not what the schema says; every problem is named.
     """
-    problems = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content), key=lambda problem: problem.json_path)
+    problems = sorted(
+        jsonschema.Draft202012Validator(SCHEMA).iter_errors(content), key=lambda problem: problem.json_path
+    )
     if problems:
         lines = [f"  {problem.json_path}: {problem.message[:200]}" for problem in problems[:20]]
         raise RecordError("\n".join([f"{name} is no record of schema version {SCHEMA_VERSION}:", *lines]))

@@ -92,12 +92,14 @@ class Run:
         self.workloads: list[Workload] = speed_workloads(data)
         plan = self._plan()
         name = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
-        self._place = work / "runs" / name
+        self.place = work / "runs" / name
         if fresh:
-            (self._place / "journal.jsonl").unlink(missing_ok=True)
-        self.journal = Journal(self._place / "journal.jsonl", plan)
+            (self.place / "journal.jsonl").unlink(missing_ok=True)
+        self.journal = Journal(self.place / "journal.jsonl", plan)
         if len(self.journal):
-            print(f"going on after {len(self.journal)} steps of an interrupted run (--fresh begins anew)", file=sys.stderr)
+            print(
+                f"going on after {len(self.journal)} steps of an interrupted run (--fresh begins anew)", file=sys.stderr
+            )
         else:
             self.journal.keep_fact("created", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
         self._open: dict[str, OpenEngine] = {}
@@ -130,11 +132,11 @@ class Run:
         self._bar.set_description(f"{model.name} {step}")
         for number in range(rounds):
             for engine in chosen if number % 2 == 0 else reversed(chosen):
-                self.once(f"{step}/{model.name}/{engine.name}/{number}", engine, model, lambda e, n=number: measure(e, n))
+                self.once(
+                    f"{step}/{model.name}/{engine.name}/{number}", engine, model, lambda e, n=number: measure(e, n)
+                )
 
-    def once(
-        self, step: str, engine: Engine, model: Model, measure: Callable[[OpenEngine], list[Series]]
-    ) -> None:
+    def once(self, step: str, engine: Engine, model: Model, measure: Callable[[OpenEngine], list[Series]]) -> None:
         """Measure one step unless the journal has it; what fails is kept as the engine's problem."""
         if step in self.journal or self.problem(engine, model):
             return
@@ -260,11 +262,16 @@ class Run:
         }
 
     def _process(self, engine: Engine) -> EngineProcess:
-        self._place.mkdir(parents=True, exist_ok=True)
-        log = self._place / f"{engine.name}.log"
-        return EngineProcess(self._interpreter(engine), engine.module, self.threads, log, _own_roots(engine))
+        self.place.mkdir(parents=True, exist_ok=True)
+        log = self.place / f"{engine.name}.log"
+        return EngineProcess(self.interpreter(engine), engine.module, self.threads, log, own_roots(engine))
 
-    def _interpreter(self, engine: Engine) -> Path:
+    def finish(self) -> None:
+        """Put the journal aside, so that the same command measures anew."""
+        (self.place / "journal.jsonl").replace(self.place / "finished.jsonl")
+
+    def interpreter(self, engine: Engine) -> Path:
+        """The Python that runs an engine, installed first if need be."""
         if engine.environment is None:
             return Path(sys.executable)
         if self.quick:
@@ -294,7 +301,7 @@ class Run:
         return same
 
 
-def _own_roots(engine: Engine) -> dict[str, str]:
+def own_roots(engine: Engine) -> dict[str, str]:
     """Where this project's packages are, for engines that run them and for no others."""
     if engine.module not in ("m3e_runtime", "gemm_bound"):
         return {}

@@ -27,8 +27,13 @@ class Engine:
         self._loop = asyncio.new_event_loop()
         self._engine = AsyncEmbeddingEngine.from_args(
             EngineArgs(
-                model_name_or_path=str(checkpoint), engine="torch", device="cpu", dtype="float32",
-                bettertransformer=False, model_warmup=False, compile=False,
+                model_name_or_path=str(checkpoint),
+                engine="torch",
+                device="cpu",
+                dtype="float32",
+                bettertransformer=False,
+                model_warmup=False,
+                compile=False,
             )  # fmt: skip
         )
         self._loop.run_until_complete(self._engine.astart())

@@ -53,9 +53,7 @@ class Engine:
         with tempfile.TemporaryDirectory() as place:
             options.profile_file_prefix = str(Path(place) / "profile")
             graph = bundle.graph(self.encoder.precision, "cpu")
-            session = onnxruntime.InferenceSession(
-                bundle.read(graph.file), options, providers=["CPUExecutionProvider"]
-            )
+            session = onnxruntime.InferenceSession(bundle.read(graph.file), options, providers=["CPUExecutionProvider"])
             order, start = np.argsort(counts, kind="stable"), 0
             while start < len(order):
                 length = int(min(512, counts[order[start]]))

@@ -41,6 +41,7 @@ class Engine:
         if key_variable:
             self._headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
         self._local = threading.local()
+        self._connections: list[HTTPConnection] = []
         self._pool = ThreadPoolExecutor(8)
 
     def encode(self, texts: list[str]) -> Any:
@@ -48,6 +49,12 @@ class Engine:
         batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
         rows = map(self._request, batches) if len(batches) == 1 else self._pool.map(self._request, batches)
         return np.concatenate(list(rows))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.shutdown()
+        for connection in self._connections:
+            connection.close()
 
     def _request(self, texts: list[str]) -> Any:
         body = json.dumps({"model": self._model, "input": texts, "encoding_format": "base64"})
@@ -64,6 +71,7 @@ class Engine:
         if not hasattr(self._local, "connection"):
             kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection
             self._local.connection = kind(self._url.netloc, timeout=120)
+            self._connections.append(self._local.connection)
         connection: HTTPConnection = self._local.connection
         return connection
 

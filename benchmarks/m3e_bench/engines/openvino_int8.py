@@ -42,9 +42,7 @@ class Engine:
             )
         step = max(1, len(calibration) // _CALIBRATION_TEXTS)
         texts = calibration[::step][:_CALIBRATION_TEXTS]
-        dataset = nncf.Dataset(
-            texts, lambda text: {name: value.numpy() for name, value in inputs_of(text).items()}
-        )
+        dataset = nncf.Dataset(texts, lambda text: {name: value.numpy() for name, value in inputs_of(text).items()})
         quantized = nncf.quantize(
             model, dataset, model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.MIXED,
             subset_size=_CALIBRATION_TEXTS,

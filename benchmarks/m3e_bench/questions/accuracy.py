@@ -100,9 +100,7 @@ def compare_vectors(vectors: Array, expected: Array) -> dict[str, float]:
         vectors: (n, dim).
         expected: (n, dim), the reference's.
     """
-    vectors, expected = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (vectors, expected)
-    )
+    vectors, expected = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (vectors, expected))
     cosines = (vectors.astype(np.float64) * expected).sum(axis=1)
     return {
         "cosine_mean": float(cosines.mean()),

@@ -15,9 +15,7 @@ def ask(run: Run, model: Model) -> None:
             return []  # its server is not ours to start
         process = run.start(opened.engine, model)
         try:
-            answer = process.request(
-                "first_vector", **run.arguments(opened.engine, model), threads=run.threads
-            )
+            answer = process.request("first_vector", **run.arguments(opened.engine, model), threads=run.threads)
             seconds = answer["time"] - process.started
         finally:
             process.close()

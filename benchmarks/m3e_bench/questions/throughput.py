@@ -47,7 +47,13 @@ def measure_texts(
         seconds, count = opened.seconds(name, number % portions, portions)
         return [
             Series(
-                question, "sentences_per_s", "1/s", "higher", model.name, opened.engine.name, ((count / seconds,),),
+                question,
+                "sentences_per_s",
+                "1/s",
+                "higher",
+                model.name,
+                opened.engine.name,
+                ((count / seconds,),),
                 parameters,
             )  # fmt: skip
         ]

@@ -47,7 +47,9 @@ def bars(items: Sequence[Bar], width: int, unit: str, name: str) -> str:
         if item.high > item.low:
             middle = y + 23
             parts.append(svg.line(scale(item.low), middle, scale(item.high), middle, "whisker"))
-            parts += [svg.line(scale(end), middle - 4, scale(end), middle + 4, "whisker") for end in (item.low, item.high)]
+            parts += [
+                svg.line(scale(end), middle - 4, scale(end), middle + 4, "whisker") for end in (item.low, item.high)
+            ]
         parts.append(svg.text(scale(max(item.value, item.high)) + 8, y + 27, item.label, kind="value"))
         y += 41
     return svg.figure(width, y, parts, name)
@@ -106,7 +108,9 @@ def ridges(items: Sequence[tuple[str, str, Sequence[float]]], width: int, unit: 
         density = np.convolve(np.histogram(samples, edges)[0], kernel / kernel.sum(), mode="same")
         top = density.max() or 1.0
         middles = np.sqrt(edges[:-1] * edges[1:])
-        area = [(scale(float(at)), base - 22 * float(d) / top) for at, d in zip(middles, density, strict=True) if d > 1e-3]
+        area = [
+            (scale(float(at)), base - 22 * float(d) / top) for at, d in zip(middles, density, strict=True) if d > 1e-3
+        ]
         hint = f"{title}: p50 {p50:.2f}, p95 {p95:.2f}, p99 {p99:.2f} {unit}, {len(samples)} requests"
         if area:
             parts.append(svg.path([(area[0][0], base), *area, (area[-1][0], base)], f"area {kind}", hint, closed=True))
@@ -118,9 +122,7 @@ def ridges(items: Sequence[tuple[str, str, Sequence[float]]], width: int, unit: 
     return svg.figure(width, height + 30, parts, name)
 
 
-def scatter(
-    items: Sequence[tuple[str, str, float, float]], width: int, x_label: str, y_label: str, name: str
-) -> str:
+def scatter(items: Sequence[tuple[str, str, float, float]], width: int, x_label: str, y_label: str, name: str) -> str:
     """Points with names beside them: title, colour, x (logarithmic, the better the further right) and y."""
     left, top, bottom = 44, 24, 360
     xs = [max(x, 1e-8) for _, _, x, _ in items]

@@ -39,7 +39,7 @@ def render_page(record: Record, price_per_hour: float) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>m3e against its peers</title><style>{css}</style></head>\n"
-        f'<body><main>{"".join(body)}</main><script>{_SCRIPT}</script></body></html>\n'
+        f"<body><main>{''.join(body)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
 
@@ -60,7 +60,9 @@ class _Page:
     def head(self, models: Sequence[str]) -> str:
         """Title, machine, and the few figures that a hurried reader wants."""
         content, machine = self._record.content, self._record.content["machine"]
-        isa = ", ".join(name for name in machine["isa"] if name.startswith(("avx2", "avx_", "avx512", "amx", "asimddp", "i8mm")))
+        isa = ", ".join(
+            name for name in machine["isa"] if name.startswith(("avx2", "avx_", "avx512", "amx", "asimddp", "i8mm"))
+        )
         facts = (
             f"{machine['cpu']} ({isa or machine['architecture']}), {content['settings']['threads']} threads for every "
             f"engine, {machine['memory_bytes'] / 1e9:.0f} GB. {content['created'][:10]}, m3e-runtime "
@@ -103,7 +105,9 @@ class _Page:
         curves = {engine: sorted(points) for engine, points in curves.items() if len(points) > 1}
         if not curves:
             return ""
-        drawn = self._lines(curves, "million parameters in the layers", "sentences/s", "Throughput by model size", log_y=True)
+        drawn = self._lines(
+            curves, "million parameters in the layers", "sentences/s", "Throughput by model size", log_y=True
+        )
         return "<h2>Model size</h2>" + _card(f"Throughput on {workload}", "The models of this record.", drawn)
 
     def engines(self) -> str:
@@ -144,12 +148,16 @@ class _Page:
         workloads = [one for one in found if one.engine == best and "workload" in one.parameters]
         if workloads:
             workload = workloads[0].parameters["workload"]
-            tiles.append((number(median(workloads[0])), f"sentences a second, {model}, {workload}, {self._titles[best]}"))
+            tiles.append(
+                (number(median(workloads[0])), f"sentences a second, {model}, {workload}, {self._titles[best]}")
+            )
             against = next(
                 (one for one in found if one.engine == REFERENCE and one.parameters == workloads[0].parameters), None
             )
             if against is not None:
-                tiles.append((f"{ratio(workloads[0], against).value:.1f}×", f"sentence-transformers on PyTorch FP32, {workload}"))
+                tiles.append(
+                    (f"{ratio(workloads[0], against).value:.1f}×", f"sentence-transformers on PyTorch FP32, {workload}")
+                )
         cosine = self._record.find("cosine_mean", model=model, engine=best)
         if cosine:
             tiles.append((f"{median(cosine[0]):.5f}", "mean cosine to FP32 PyTorch’s vectors"))
@@ -225,7 +233,9 @@ class _Page:
             return ""
         name = "Speed against accuracy"
         drawn = _both(
-            lambda width: charts.scatter(items, width, "1 − mean cosine to the FP32 reference (right is nearer)", "sentences/s", name)
+            lambda width: charts.scatter(
+                items, width, "1 − mean cosine to the FP32 reference (right is nearer)", "sentences/s", name
+            )
         )
         note = f"Up is faster ({workloads[0]}), right is nearer to FP32 PyTorch; the upper right corner is where to be."
         return _card(name, note, drawn)
@@ -331,7 +341,13 @@ class _Page:
         return _both(lambda width: charts.bars(items, width, unit, name))
 
     def _lines(
-        self, curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, name: str, *, log_y: bool = False
+        self,
+        curves: dict[str, list[tuple[float, float]]],
+        x_label: str,
+        y_label: str,
+        name: str,
+        *,
+        log_y: bool = False,
     ) -> str:
         kinds = {engine: self._kind(engine) for engine in curves}
         titles = {engine: self._titles.get(engine, engine) for engine in curves}
