@@ -75,7 +75,7 @@ def test_a_condition_of_another_form_is_refused(text: str) -> None:
 
 
 def test_a_condition_that_could_never_fail_is_refused() -> None:
-    with pytest.raises(InputError, match="they share .*sentences_per_s"):
+    with pytest.raises(InputError, match=r"they share .*sentences_per_s"):
         failed(measured(0), measured(1), "first_vector_s>+5%")
 
 

@@ -30,10 +30,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found += [series(engine, [[speed * x] for x in (0.97, 1, 1.04)], workload=name) for name in ("lcqmc", "mixed")]
         found += [series(engine, [[speed / length]], length_tokens=length) for length in (8, 64, 512)]
         found.append(waits(engine, [list((i + 1) * (1 + rng.gamma(2, 0.1, 50))) for _ in range(3)]))
-        found.append(series(engine, [[0.3 * (i + 1)]], "first_vector_s", question="cold_start", unit="s", better="lower",
-                            after="first vector"))  # fmt: skip
-        found.append(series(engine, [[100.0 * (i + 1)]], "resident_mb", question="memory", unit="MB", better="lower",
-                            after="workloads"))  # fmt: skip
+        found += [
+            series(engine, [[value * (i + 1)]], metric, question=question, unit=unit, better="lower", after=after)
+            for question, metric, unit, after, value in (
+                ("cold_start", "first_vector_s", "s", "first vector", 0.3),
+                ("memory", "resident_mb", "MB", "workloads", 100.0),
+            )
+        ]
         found += [
             series(engine, [[1 - 10.0 ** (i - 8)]], name, question="accuracy", unit="1", set="corpus",
                    reference="st-torch-fp32")

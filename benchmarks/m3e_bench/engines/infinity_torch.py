@@ -34,7 +34,7 @@ class Engine:
                 bettertransformer=False,
                 model_warmup=False,
                 compile=False,
-            )  # fmt: skip
+            )
         )
         self._loop.run_until_complete(self._engine.astart())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from m3e import M3EError
 from m3e_bench.models import Model
 from m3e_bench.peers import REFERENCE, Engine
 from m3e_bench.record import Series
@@ -26,70 +28,63 @@ def ask(run: Run, model: Model) -> None:
     parameters say so.
     """
     language = "zh" if model.vocab_size == 21128 else "en"  # Google's Chinese vocabulary
-    texts = {"corpus": accuracy_texts(language, run.budget.accuracy_texts)}
     sets = labelled_pairs(run.data, language, run.budget.accuracy_texts) if model.weights == "trained" else []
+    texts = {"corpus": accuracy_texts(language, run.budget.accuracy_texts)}
     texts |= {pairs.name: pairs.left + pairs.right for pairs in sets}
-    names = [engine.name for engine in run.engines]
-    chosen = REFERENCE if REFERENCE in names and not _unusable(run, model) else "m3e-fp32"
-    if chosen not in names:
+    scores = {pairs.name: pairs.scores for pairs in sets}
+    reference = _reference(run, model)
+    if reference is None:
         return
-    reference = run.engines[names.index(chosen)]
-    with tempfile.TemporaryDirectory() as place:
-        for name, some in texts.items():
-            expected: Array | None = None
-            scores = next((pairs.scores for pairs in sets if pairs.name == name), None)
-            for engine in [reference, *(other for other in run.engines if other is not reference)]:
-                step = f"accuracy {name}/{model.name}/{engine.name}/0"
-                if step in run.journal and engine is not reference:
-                    continue
-                if engine is reference and all(
-                    f"accuracy {name}/{model.name}/{other.name}/0" in run.journal or run.problem(other, model)
-                    for other in run.engines
-                ):
-                    break
-                path = Path(place) / f"{engine.name}.npy"
-
-                def measure(opened: OpenEngine, name: str = name, some: Sequence[str] = some, path: Path = path,
-                            expected: Array | None = expected, scores: Sequence[float] | None = scores) -> list[Series]:  # fmt: skip
-                    vectors = _vectors(opened, name, some, path)
-                    found = compare_vectors(vectors, vectors if expected is None else expected)
-                    if scores is not None:
-                        found |= rank(vectors, np.asarray(scores), name)
-                    parameters = {"set": name, "reference": chosen}
-                    return [
-                        Series(
-                            "accuracy", metric, "1", "higher", model.name, opened.engine.name, ((value,),), parameters
-                        )
-                        for metric, value in found.items()
-                    ]
-
-                run.once(step, engine, model, measure)
-                if engine is reference:
-                    expected = np.load(path) if path.is_file() else _again(run, engine, model, name, some, path)
-                    if expected is None:
-                        break
+    for name, some in texts.items():
+        steps = {f"accuracy {name}/{model.name}/{engine.name}/0": engine for engine in run.engines}
+        steps = {step: engine for step, engine in steps.items() if step not in run.journal}
+        if not steps:
+            continue
+        expected = _vectors(run.open(reference, model), name, some)
+        for step, engine in steps.items():
+            measure = functools.partial(
+                _measure, model=model, name=name, texts=some, scores=scores.get(name), expected=expected,
+                reference=reference,
+            )  # fmt: skip
+            run.once(step, engine, model, measure)
 
 
-def _unusable(run: Run, model: Model) -> bool:
-    reference = next(engine for engine in run.engines if engine.name == REFERENCE)
-    try:
-        run.open(reference, model)
-    except Exception as error:  # an engine fails as it likes
-        run.note_problem(reference, model, str(error))
-    return run.problem(reference, model) is not None
+def _reference(run: Run, model: Model) -> Engine | None:
+    """The engine that the others are compared with; what keeps PyTorch from it becomes its problem."""
+    for name in (REFERENCE, "m3e-fp32"):
+        engine = next((engine for engine in run.engines if engine.name == name), None)
+        if engine is not None and run.problem(engine, model) is None:
+            try:
+                run.open(engine, model)
+            except M3EError as error:
+                run.note_problem(engine, model, f"accuracy: {error}")
+            else:
+                return engine
+    return None
 
 
-def _again(run: Run, engine: Engine, model: Model, name: str, texts: Sequence[str], path: Path) -> Array | None:
-    """The reference's vectors in a resumed run, whose own step was done before."""
-    if run.problem(engine, model):
-        return None
-    return _vectors(run.open(engine, model), name, texts, path)
+def _measure(
+    opened: OpenEngine, *, model: Model, name: str, texts: Sequence[str], scores: Sequence[float] | None,
+    expected: Array, reference: Engine,
+) -> list[Series]:  # fmt: skip
+    vectors = expected if opened.engine == reference else _vectors(opened, name, texts)
+    found = compare_vectors(vectors, expected)
+    if scores is not None:
+        found |= rank(vectors, np.asarray(scores), name)
+    parameters = {"set": name, "reference": reference.name}
+    return [
+        Series("accuracy", metric, "1", "higher", model.name, opened.engine.name, ((value,),), parameters)
+        for metric, value in found.items()
+    ]
 
 
-def _vectors(opened: OpenEngine, name: str, texts: Sequence[str], path: Path) -> Array:
+def _vectors(opened: OpenEngine, name: str, texts: Sequence[str]) -> Array:
+    """An engine's vectors, scaled to unit length."""
     opened.give(f"accuracy {name}", texts)
-    opened.process.request("vectors", name=f"accuracy {name}", path=str(path))
-    vectors: Array = np.load(path)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "vectors.npy"
+        opened.process.request("vectors", name=f"accuracy {name}", path=str(path))
+        vectors: Array = np.load(path)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 

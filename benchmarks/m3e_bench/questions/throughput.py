@@ -45,17 +45,9 @@ def measure_texts(
             opened.seconds(name, portions - 1, portions)
             opened.warm.add(name)
         seconds, count = opened.seconds(name, number % portions, portions)
+        samples = ((count / seconds,),)
         return [
-            Series(
-                question,
-                "sentences_per_s",
-                "1/s",
-                "higher",
-                model.name,
-                opened.engine.name,
-                ((count / seconds,),),
-                parameters,
-            )  # fmt: skip
+            Series(question, "sentences_per_s", "1/s", "higher", model.name, opened.engine.name, samples, parameters)
         ]
 
     run.interleave(f"{question} {name}", model, measure, rounds=rounds)

@@ -8,10 +8,9 @@ from importlib import resources
 
 from m3e_bench.peers import REFERENCE
 from m3e_bench.record import Record, Series
-from m3e_bench.report import charts, figures
+from m3e_bench.report import charts, figures, tables
 from m3e_bench.report.charts import Bar
 from m3e_bench.report.figures import Row, number
-from m3e_bench.report.markdown import ACCURACY
 from m3e_bench.statistics import median, ratio
 
 _WIDTHS = {"wide": 800, "narrow": 340}
@@ -32,9 +31,8 @@ def render_page(record: Record, price_per_hour: float) -> str:
     css = resources.files("m3e_bench.report").joinpath("page.css").read_text("utf-8")
     speed = [name for name in record.content["models"] if record.find("sentences_per_s", model=name)]
     others = [name for name in record.content["models"] if name not in speed]
-    body = [
-        page.head(speed), *(page.model(name) for name in speed + others), page.sizes(speed), page.engines(), page.method()
-    ]  # fmt: skip
+    models = [page.model(name) for name in speed + others]
+    body = [page.head(speed), *models, page.sizes(speed), tables.engines(record), page.method()]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -82,7 +80,7 @@ class _Page:
         intro = f"{facts['layers']} layers × {facts['hidden_size']}, {facts['weights']} weights"
         parts = [
             *self._throughput(name), self._lengths(name), *self._latency(name), self._speed_against_accuracy(name),
-            self._accuracy(name), self._cost(name),
+            *self._tables(name),
             self._one(name, "first_vector_s", "Cold start", "s",
                       "From the start of a process to its first vector: imports, loading, checks and one text."),
             self._one(name, "resident_mb", "Memory", "MB", "Resident after both workloads.", after="workloads"),
@@ -110,17 +108,6 @@ class _Page:
         )
         return "<h2>Model size</h2>" + _card(f"Throughput on {workload}", "The models of this record.", drawn)
 
-    def engines(self) -> str:
-        """Versions, and what could not be measured."""
-        lines = []
-        for engine in self._record.content["engines"].values():
-            versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
-            problems = "; ".join(engine["problems"]) or "measured"
-            cells = (engine["title"], versions, problems)
-            lines.append("<tr>" + "".join(f'<td class="words">{html.escape(cell)}</td>' for cell in cells) + "</tr>")
-        table = f"<table><tr><th>engine<th>versions<th>state</tr>{''.join(lines)}</table>"
-        return f'<h2 id="engines">Engines</h2><section class="card"><div class="scroll">{table}</div></section>'
-
     def method(self) -> str:
         """How the figures came about."""
         content = self._record.content
@@ -130,14 +117,14 @@ class _Page:
         )
         budget = content["settings"]["budget"]
         return (
-            '<h2 id="method">Method</h2><section class="card"><p>Every engine gets the same checkpoint, texts and threads '
-            "and runs in a process of its own, which is stopped while another has its turn. The engines take turns "
-            f"(A B C, C B A, …) for {budget['rounds']} rounds after a warm-up. Bars are medians; whiskers reach from the "
-            "slowest to the fastest round. A ratio is one of medians, with the lowest and highest ratio within a round in "
-            "brackets: what slows a machine down falls on all engines of a round, so ratios hold where seconds do not. "
+            '<h2 id="method">Method</h2><section class="card"><p>Every engine gets the same checkpoint, texts and '
+            "threads and runs in a process of its own, which is stopped while another has its turn. The engines take "
+            f"turns (A B C, C B A, …) for {budget['rounds']} rounds after a warm-up. Bars are medians; whiskers reach "
+            "from the slowest to the fastest round. A ratio is one of medians, round by round alike: what slows a "
+            "machine down falls on all engines of a round, so ratios hold where seconds do not. "
             "Tokenising is included everywhere.</p>"
-            f"<ul>{workloads}</ul><p class=note>{content['seconds'] / 60:.0f} minutes of measurements. The record beside "
-            "this page has every sample, versions, and hashes of models and data.</p></section>"
+            f"<ul>{workloads}</ul><p class=note>{content['seconds'] / 60:.0f} minutes of measurements. The record "
+            "beside this page has every sample, versions, and hashes of models and data.</p></section>"
             "<footer>Made by the m3e benchmark suite from one record.</footer>"
         )
 
@@ -240,54 +227,22 @@ class _Page:
         note = f"Up is faster ({workloads[0]}), right is nearer to FP32 PyTorch; the upper right corner is where to be."
         return _card(name, note, drawn)
 
-    def _accuracy(self, model: str) -> str:
-        tables = []
-        for name in figures.values(self._record, "cosine_mean", "set", model=model):
-            lines = []
-            for engine in self._record.content["engines"]:
-                found = figures.accuracy(self._record, model, engine, name)
-                if found:
-                    cells = "".join(f"<td>{_digits(metric, found.get(metric))}</td>" for metric in ACCURACY)
-                    ours = ' class="ours"' if self._kind(engine).startswith("ours") else ""
-                    lines.append(f"<tr{ours}><td>{html.escape(self._titles[engine])}</td>{cells}</tr>")
-            heads = "".join(f"<th>{head}</th>" for head in ACCURACY.values())
-            tables.append(
-                f'<h3>{html.escape(name)}</h3><div class="scroll"><table><tr><th>engine</th>{heads}</tr>{"".join(lines)}</table></div>'
+    def _tables(self, model: str) -> list[str]:
+        cards = []
+        found = tables.accuracy(self._record, model)
+        if found:
+            note = (
+                "Cosines to FP32 PyTorch’s vectors of the same texts; how many of the ten nearest neighbours stay; "
+                "correlation with labels, and retrieval, where texts are labelled."
             )
-        if not tables:
-            return ""
-        note = "Cosines to FP32 PyTorch’s vectors of the same texts; how many of the ten nearest neighbours stay; correlation with labels and retrieval where texts are labelled."
-        return _card("Accuracy", note, "<br>".join(tables))
-
-    def _cost(self, model: str) -> str:
-        workloads = figures.values(self._record, "sentences_per_s", "workload", question="throughput", model=model)
-        if not workloads:
-            return ""
-        rates = {
-            workload: {
-                one.engine: median(one)
-                for one in self._record.find("sentences_per_s", question="throughput", model=model, workload=workload)
-            }
-            for workload in workloads
-        }
-        lines = []
-        for engine in sorted(rates[workloads[0]], key=lambda engine: -rates[workloads[0]][engine]):
-            cells = "".join(
-                f'<td data-rate="{rates[w][engine]:.3f}">{figures.cost_per_million(rates[w][engine], self._price):.4f}</td>'
-                if engine in rates[w] else "<td></td>"
-                for w in workloads
-            )  # fmt: skip
-            ours = ' class="ours"' if self._kind(engine).startswith("ours") else ""
-            lines.append(f"<tr{ours}><td>{html.escape(self._titles[engine])}</td>{cells}</tr>")
-        heads = "".join(f"<th>{html.escape(workload)}</th>" for workload in workloads)
-        field = (
-            f'<input id="price" type="number" min="0" step="0.01" value="{self._price:g}" aria-label="price per hour">'
-            if model == next(iter(self._record.content["models"]))
-            else f"{self._price:g}"
-        )
-        note = f'<p class="note">Price of this machine per hour: {field}</p>'
-        table = f"<table><tr><th>engine</th>{heads}</tr>{''.join(lines)}</table>"
-        return f'<section class="card"><h3>Cost per million texts</h3>{note}<div class="scroll">{table}</div></section>'
+            cards.append(_card("Accuracy", note, found))
+        found = tables.cost(self._record, model, self._price)
+        if found:
+            # The first table's field sets the price for all of them.
+            first = model == next(iter(self._record.content["models"]))
+            field = tables.price_field(self._price) if first else ""
+            cards.append(_card("Cost per million texts", "On a machine that does nothing else.", field + found))
+        return cards
 
     def _one(self, model: str, metric: str, heading: str, unit: str, note: str, **where: str) -> str:
         rows = figures.rows(self._record, self._record.find(metric, model=model, **where))
@@ -317,7 +272,10 @@ class _Page:
             for workload, engine, bound, share in shares
         ]  # fmt: skip
         drawn = _both(lambda width: charts.bars(bars, width, "of the bound", "Share of the bound"))
-        note = "How near m3e comes to its graph’s matrix products alone, in onnxruntime, measured in the same rounds. Nothing that runs these layers there can pass 100 %."
+        note = (
+            "How near m3e comes to its graph’s matrix products alone, in onnxruntime, measured in the same rounds. "
+            "Nothing that runs these layers there can pass 100 %."
+        )
         cards = [_card("Share of the bound", note, drawn)]
         profiles = [
             (f"{self._titles[engine]}, {workload}", figures.operators(self._record, model, engine, workload))
@@ -334,7 +292,7 @@ class _Page:
         items = [
             Bar(
                 row.title, self._kind(row.engine), row.value, row.low, row.high,
-                number(row.value) + ("" if row.times is None or row.engine == REFERENCE else f"  {row.times.value:.2f}×"),
+                number(row.value) + _times(row),
             )
             for row in rows
         ]  # fmt: skip
@@ -363,13 +321,12 @@ def _both(draw: Callable[[int], str]) -> str:
 
 
 def _card(heading: str, note: str, content: str) -> str:
-    return f'<section class="card"><h3>{html.escape(heading)}</h3><p class="note">{html.escape(note)}</p>{content}</section>'
+    head = f'<h3>{html.escape(heading)}</h3><p class="note">{html.escape(note)}</p>'
+    return f'<section class="card">{head}{content}</section>'
 
 
-def _digits(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.5f}" if metric.startswith("cosine") else f"{value:.4f}"
+def _times(row: Row) -> str:
+    return "" if row.times is None or row.engine == REFERENCE else f"  {row.times.value:.2f}×"
 
 
 def _id(name: str) -> str:
