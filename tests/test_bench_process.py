@@ -16,9 +16,9 @@ from m3e import Encoder
 from m3e_bench.engines.openai_http import Engine as HttpEngine
 from m3e_bench.engines.padded import encode_padded
 from m3e_bench.engines.worker import Worker
+from m3e_bench.launch import own_roots
 from m3e_bench.peers import Engine
 from m3e_bench.process import EngineError, EngineProcess
-from m3e_bench.runner import own_roots
 
 TEXTS = ["今天天气真好", "How do I reset my password?", "好", ""]
 

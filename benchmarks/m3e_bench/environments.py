@@ -28,10 +28,9 @@ def interpreter(name: str, work: Path) -> Path:
     Raises:
         EnvironmentUnavailableError: pip failed; also the second time, without trying again, until the lock changes.
     """
-    lock = (_LOCKS / f"{name}.txt").read_bytes()
     folder = work / "envs" / name
     python, state = folder / "bin" / "python", folder / "lock.sha256"
-    digest = hashlib.sha256(lock + sys.version.encode()).hexdigest()
+    digest = lock_sha256(name)
     if state.is_file():
         recorded, _, failure = state.read_text(encoding="utf-8").partition("\n")
         if recorded == digest:
@@ -51,6 +50,11 @@ def interpreter(name: str, work: Path) -> Path:
     if failure:
         raise EnvironmentUnavailableError(failure)
     return python.absolute()
+
+
+def lock_sha256(name: str) -> str:
+    """Hash of an environment's lock and of the Python that it is for."""
+    return hashlib.sha256((_LOCKS / f"{name}.txt").read_bytes() + sys.version.encode()).hexdigest()
 
 
 def own_interpreter_has(*modules: str) -> bool:

@@ -63,7 +63,17 @@ ENGINES = (
     Engine("optimum-fp32", "optimum ORTModel FP32", "optimum_ortmodel", "onnx", "fp32"),
     Engine("infinity-fp32", "infinity, torch FP32", "infinity_torch", "infinity", "fp32"),
 )  # fmt: skip
+# Not engines: the matrix products of our own graphs, which no engine on onnxruntime can pass.
+BOUNDS = (
+    Engine("gemm-int8", "INT8 matrix products alone", "gemm_bound", None, "int8", {"precision": "int8"}),
+    Engine("gemm-fp32", "FP32 matrix products alone", "gemm_bound", None, "fp32", {"precision": "fp32"}),
+)
 QUICK = ("m3e-int8", "m3e-fp32", REFERENCE)
+
+
+def by_name(name: str) -> Engine:
+    """One of ``ENGINES``."""
+    return next(engine for engine in ENGINES if engine.name == name)
 
 
 def choose(names: list[str] | None, endpoints: list[str]) -> list[Engine]:

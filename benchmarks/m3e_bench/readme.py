@@ -41,7 +41,8 @@ def table(record: Record, record_name: str) -> str:
     lines.append(
         f"Medians on {settings['threads']} threads of an {machine['cpu']} ({', '.join(features)}), all engines in turn "
         "in one run; in brackets the ratio to sentence-transformers on PyTorch FP32. One text has 12 tokens; a first "
-        "vector counts from the start of the process; memory is read after all workloads; the cosine is to PyTorch FP32. "
+        "vector counts from the start of the process; memory is read after all workloads; the cosine is "
+        "to PyTorch FP32. "
         f"[The page](benchmarks/results/{record_name}.html) shows more, "
         f"[the record](benchmarks/results/{record_name}.json) has every sample; `make bench` measures on your machine."
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from m3e import M3EError
-from m3e_bench import environments
+from m3e_bench import peers
 from m3e_bench.budget import Budget
+from m3e_bench.launch import Launcher, own_code
 from m3e_bench.machine import describe_code, describe_machine
 from m3e_bench.models import Model
 from m3e_bench.peers import Engine
-from m3e_bench.process import EngineError, EngineProcess
+from m3e_bench.process import EngineProcess
 from m3e_bench.record import SCHEMA_VERSION, Journal, Series
-from m3e_bench.workloads import Workload, accuracy_texts, data_hashes, sized_texts, speed_workloads
+from m3e_bench.workloads import Workload, data_hashes, sized_texts, speed_workloads
 
 Measure = Callable[["OpenEngine", int], list[Series]]
 
@@ -92,16 +91,17 @@ class Run:
         self.workloads: list[Workload] = speed_workloads(data)
         plan = self._plan()
         name = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
-        self.place = work / "runs" / name
+        self._place = work / "runs" / name
         if fresh:
-            (self.place / "journal.jsonl").unlink(missing_ok=True)
-        self.journal = Journal(self.place / "journal.jsonl", plan)
+            (self._place / "journal.jsonl").unlink(missing_ok=True)
+        self.journal = Journal(self._place / "journal.jsonl", plan)
         if len(self.journal):
             print(
                 f"going on after {len(self.journal)} steps of an interrupted run (--fresh begins anew)", file=sys.stderr
             )
         else:
             self.journal.keep_fact("created", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        self.launcher = Launcher(work, self._place, threads, quick=quick)
         self._open: dict[str, OpenEngine] = {}
         self._bar = tqdm(unit="step", disable=None, leave=False)
 
@@ -154,59 +154,13 @@ class Run:
         """Give the engine with this model loaded, in a process that stays."""
         key = f"{model.name}/{engine.name}"
         if key not in self._open:
-            process = self.start(engine, model)
+            process = self.launcher.start(engine, model)
             self._open[key] = OpenEngine(engine, process)
-            self.load(process, engine, model, self.threads)
+            process.request("load", **self.launcher.arguments(engine, model), threads=self.threads)
             fact = f"versions/{engine.name}"
             if fact not in self.journal:
                 self.journal.keep_fact(fact, process.request("versions"))
         return self._open[key]
-
-    def start(self, engine: Engine, model: Model) -> EngineProcess:
-        """Start a process for an engine whose files are prepared; the caller closes it."""
-        self.prepare(engine, model)
-        return self._process(engine)
-
-    def load(self, process: EngineProcess, engine: Engine, model: Model, threads: int) -> None:
-        """Load a model."""
-        process.request("load", **self.arguments(engine, model), threads=threads)
-
-    def arguments(self, engine: Engine, model: Model) -> dict[str, Any]:
-        """What an engine is told of a model."""
-        options = dict(engine.options)
-        if engine.after is not None:
-            source = next(other for other in self.engines_known() if other.name == engine.after)
-            options["exported"] = str(self._assets(source, model))
-        return {"checkpoint": str(model.folder), "folder": str(self._assets(engine, model)), "options": options}
-
-    def engines_known(self) -> list[Engine]:
-        """The chosen engines and those that they start from."""
-        from m3e_bench.peers import ENGINES
-
-        return [*self.engines, *ENGINES]
-
-    def prepare(self, engine: Engine, model: Model) -> None:
-        """Convert the model for an engine, unless that was done before."""
-        if engine.after is not None:
-            self.prepare(next(other for other in self.engines_known() if other.name == engine.after), model)
-        folder = self._assets(engine, model)
-        done = folder / "prepared"
-        if done.is_file() or engine.module == "gemm_bound":
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        tqdm.write(f"converting {model.name} for {engine.title}", file=sys.stderr)
-        process = self._process(engine)
-        try:
-            calibration = [*accuracy_texts("zh", 1000), *accuracy_texts("en", 1000)]
-            process.request("prepare", 3600, **self.arguments(engine, model), calibration=calibration)
-        finally:
-            process.close()
-        done.touch()
-
-    def bundle(self, engine: Engine, model: Model) -> Path:
-        """Our converted model."""
-        self.prepare(engine, model)
-        return self._assets(engine, model) / "bundle"
 
     def close_all(self) -> None:
         """End all engines' processes."""
@@ -231,8 +185,10 @@ class Run:
         """Everything that the journal has, as a record."""
         sized = [Workload("sized", sized_texts(12, 64), "the exporter's corpus, cut to a number of tokens")]
         engines = {}
-        for engine in self.engines:
+        for engine in (*self.engines, *peers.BOUNDS):
             fact = f"versions/{engine.name}"
+            if engine in peers.BOUNDS and fact not in self.journal:
+                continue
             engines[engine.name] = {
                 "title": engine.title, "precision": engine.precision, "ours": engine.ours,
                 "versions": self.journal.fact(fact) if fact in self.journal else {},
@@ -261,29 +217,9 @@ class Run:
             "series": [dataclasses.asdict(series) for series in self.journal.series()],
         }
 
-    def _process(self, engine: Engine) -> EngineProcess:
-        self.place.mkdir(parents=True, exist_ok=True)
-        log = self.place / f"{engine.name}.log"
-        return EngineProcess(self.interpreter(engine), engine.module, self.threads, log, own_roots(engine))
-
     def finish(self) -> None:
         """Put the journal aside, so that the same command measures anew."""
-        (self.place / "journal.jsonl").replace(self.place / "finished.jsonl")
-
-    def interpreter(self, engine: Engine) -> Path:
-        """The Python that runs an engine, installed first if need be."""
-        if engine.environment is None:
-            return Path(sys.executable)
-        if self.quick:
-            if engine.environment == "torch" and environments.own_interpreter_has("torch", "sentence_transformers"):
-                return Path(sys.executable)
-            raise EngineError("not installed in this environment; a run without --quick makes one for it")
-        return environments.interpreter(engine.environment, self.work)
-
-    def _assets(self, engine: Engine, model: Model) -> Path:
-        # Both precisions of ours lie in one bundle; it is made again when the code that makes it changes.
-        name = f"m3e-{_own_code()}" if engine.module in ("m3e_runtime", "gemm_bound") else engine.name
-        return (self.work / "assets" / model.sha256[:12] / name).absolute()
+        (self._place / "journal.jsonl").replace(self._place / "finished.jsonl")
 
     def _plan(self) -> Mapping[str, Any]:
         """What must be equal for an interrupted run to go on."""
@@ -295,32 +231,7 @@ class Run:
             "threads": self.threads,
             "budget": dataclasses.asdict(self.budget),
             "quick": self.quick,
-            "code": _own_code(),
+            "code": own_code(),
         }
         same: dict[str, Any] = json.loads(json.dumps(plan))
         return same
-
-
-def own_roots(engine: Engine) -> dict[str, str]:
-    """Where this project's packages are, for engines that run them and for no others."""
-    if engine.module not in ("m3e_runtime", "gemm_bound"):
-        return {}
-    folders = []
-    for name in ("m3e", "m3e_export"):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        folders.append(str(Path(spec.origin).parents[1]))
-    return {"PYTHONPATH": os.pathsep.join(folders)}
-
-
-def _own_code() -> str:
-    """Hash of the runtime's and the exporter's source."""
-    digest = hashlib.sha256()
-    for name in ("m3e", "m3e_export"):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

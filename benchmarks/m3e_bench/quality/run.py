@@ -14,12 +14,13 @@ from typing import Any
 from m3e import M3EError
 from m3e_bench import environments, peers
 from m3e_bench.budget import FULL
+from m3e_bench.launch import own_roots
 from m3e_bench.models import Model, find_model
 from m3e_bench.peers import Engine
 from m3e_bench.process import WORKER
 from m3e_bench.quality.local_tasks import local_tasks
 from m3e_bench.record import Series, write_record
-from m3e_bench.runner import Run, own_roots
+from m3e_bench.runner import Run
 from m3e_bench.workloads import check_data
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -50,16 +51,16 @@ def measure_quality(parsed: argparse.Namespace) -> None:
 def _evaluate(
     run: Run, python: Path, engine: Engine, model: Model, tasks: Sequence[str], local: list[dict[str, Any]]
 ) -> Scores:
-    run.prepare(engine, model)
-    place = run.place
+    run.launcher.prepare(engine, model)
+    place = run.launcher.logs
     order = {
         "tasks": list(tasks),
         "local": local,
         "engine": {
             "name": engine.name,
-            "command": [str(run.interpreter(engine)), "-P", str(WORKER), engine.module],
+            "command": [str(run.launcher.interpreter(engine)), "-P", str(WORKER), engine.module],
             "environment": {"OMP_NUM_THREADS": str(run.threads), "PYTHONPATH": "", **own_roots(engine)},
-            "load": {**run.arguments(engine, model), "threads": run.threads},
+            "load": {**run.launcher.arguments(engine, model), "threads": run.threads},
         },
         "output": str(place / "scores.json"),
     }

@@ -13,9 +13,11 @@ def ask(run: Run, model: Model) -> None:
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         if opened.engine.module == "openai_http":
             return []  # its server is not ours to start
-        process = run.start(opened.engine, model)
+        process = run.launcher.start(opened.engine, model)
         try:
-            answer = process.request("first_vector", **run.arguments(opened.engine, model), threads=run.threads)
+            answer = process.request(
+                "first_vector", **run.launcher.arguments(opened.engine, model), threads=run.threads
+            )
             seconds = answer["time"] - process.started
         finally:
             process.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from m3e_bench import peers
 from m3e_bench.models import Model
 from m3e_bench.peers import Engine
 from m3e_bench.record import Series
@@ -23,10 +24,7 @@ def ask(run: Run, model: Model) -> None:
     """Measure both precisions of ours against the products of their own graphs."""
     for engine in run.engines:
         if engine.ours and not run.problem(engine, model):
-            bound = Engine(
-                f"gemm-{engine.precision}", f"{engine.precision.upper()} matrix products alone", "gemm_bound", None,
-                engine.precision, {"precision": engine.precision},
-            )  # fmt: skip
+            bound = next(bound for bound in peers.BOUNDS if bound.precision == engine.precision)
             best = _best_batch(run, model, bound)
             if best is not None:
                 for workload in run.workloads:
@@ -108,7 +106,7 @@ def _token_counts(run: Run, model: Model, texts: tuple[str, ...]) -> np.ndarray[
     import tokenizers
 
     ours = next(engine for engine in run.engines if engine.ours)
-    tokenizer = tokenizers.Tokenizer.from_file(str(run.bundle(ours, model) / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(run.launcher.bundle(ours, model) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return np.array([min(512, len(encoding.ids)) for encoding in tokenizer.encode_batch(list(texts))])

@@ -10,9 +10,8 @@ import itertools
 from m3e_bench.models import Model
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
+from m3e_bench.workloads import sized_texts
 from m3e_export.texts import corpus
-
-_PORTION_NAME = "scaling"
 
 
 def ask(run: Run, model: Model) -> None:
@@ -36,7 +35,7 @@ def _threads(run: Run, model: Model) -> None:
             process = opened.process
             opened.give(workload.name, workload.texts)
             if f"{threads} threads" not in opened.warm:
-                run.load(process, opened.engine, model, threads)
+                process.request("load", **run.launcher.arguments(opened.engine, model), threads=threads)
                 opened.warm = {f"{threads} threads"}
                 opened.seconds(workload.name, 0, 2 * portions)
             seconds, count = opened.seconds(workload.name, number % portions, portions)
@@ -48,12 +47,10 @@ def _threads(run: Run, model: Model) -> None:
 
 
 def _batches(run: Run, model: Model) -> None:
-    """Sentences a second when a caller brings 1, 2, 4, ... 64 texts of 32 tokens at once."""
+    """Sentences a second when a caller brings 1, 4, 16 and 64 texts of 32 tokens at once."""
     for rows in (1, 4, 16, 64):
 
         def measure(opened: OpenEngine, number: int, rows: int = rows) -> list[Series]:
-            from m3e_bench.workloads import sized_texts
-
             opened.give("batches", sized_texts(32, 256))
             request = {"name": "batches", "batch_size": rows}
             opened.process.request("latency", count=2, **request)
