@@ -99,11 +99,13 @@ def ridges(items: Sequence[tuple[str, str, Sequence[float]]], width: int, unit: 
     low, high = float(np.percentile(everything, 0.2)) / 1.15, float(np.percentile(everything, 99.8)) * 1.3
     scale = Scale(low, high, 4, width - 8, log=True)
     edges = np.geomspace(low, high, 121)
-    height = 24 + 52 * len(items)
-    parts = svg.x_axis(scale, 14, height - 8, unit)
+    two_lines = any(svg.CHARACTER * len(title) + 190 > width for title, _, _ in items)
+    row_height = 74 if two_lines else 60
+    height = 8 + row_height * len(items)
+    parts = svg.x_axis(scale, 14, height + 6, unit)
     kernel = np.exp(-0.5 * (np.arange(-4, 5) / 1.6) ** 2)
     for row, (title, kind, samples) in enumerate(items):
-        base = 24 + 52 * row + 38
+        base = 8 + row_height * (row + 1) - 6
         p50, p95, p99 = np.percentile(samples, [50, 95, 99])
         density = np.convolve(np.histogram(samples, edges)[0], kernel / kernel.sum(), mode="same")
         top = density.max() or 1.0
@@ -117,9 +119,14 @@ def ridges(items: Sequence[tuple[str, str, Sequence[float]]], width: int, unit: 
         parts.append(svg.line(scale(float(p50)), base, scale(float(p99)), base, f"range {kind}"))
         for value, radius in ((p50, 4.5), (p95, 3), (p99, 2)):
             parts.append(svg.circle(scale(float(value)), base, radius, kind, hint))
-        label = f"{title}   p50 {p50:.2f}  p95 {p95:.2f}  p99 {p99:.2f}"
-        parts.append(svg.text(4, base - 26, label, kind="name strong" if kind.startswith("ours") else "name"))
-    return svg.figure(width, height + 30, parts, name)
+        strong = "name strong" if kind.startswith("ours") else "name"
+        figures = f"p50 {p50:.2f}\u2002p95 {p95:.2f}\u2002p99 {p99:.2f}"
+        parts.append(svg.text(0, base - (46 if two_lines else 32), title, kind=strong))
+        if two_lines:
+            parts.append(svg.text(0, base - 30, figures, kind="value"))
+        else:
+            parts.append(svg.text(width, base - 32, figures, anchor="end", kind="value"))
+    return svg.figure(width, height + 44, parts, name)
 
 
 def scatter(items: Sequence[tuple[str, str, float, float]], width: int, x_label: str, y_label: str, name: str) -> str:
@@ -134,7 +141,8 @@ def scatter(items: Sequence[tuple[str, str, float, float]], width: int, x_label:
         parts.append(svg.line(x(10.0**power), top, x(10.0**power), bottom, "grid"))
         parts.append(svg.text(x(10.0**power), bottom + 15, f"1e{power}", anchor="middle", kind="tick"))
     parts.append(svg.text((left + width) / 2, bottom + 32, x_label, anchor="middle", kind="axis"))
-    taken: list[tuple[float, float, float]] = []
+    dots = [(x(max(deviation, 1e-8)), y(value)) for _, _, deviation, value in items]
+    taken = [(px - 7, px + 7, py + 4) for px, py in dots]  # begin, end and height of what a name must not cover
     for title, kind, deviation, value in sorted(items, key=lambda item: -item[3]):
         px, py = x(max(deviation, 1e-8)), y(value)
         hint = f"{title}: {number(value)} sentences/s, 1 - cosine {deviation:.2g}"

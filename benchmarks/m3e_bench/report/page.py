@@ -143,7 +143,10 @@ class _Page:
             )
             if against is not None:
                 tiles.append(
-                    (f"{ratio(workloads[0], against).value:.1f}×", f"sentence-transformers on PyTorch FP32, {workload}")
+                    (
+                        f"{ratio(workloads[0], against).value:.1f}×",
+                        f"the speed of sentence-transformers on PyTorch FP32, {workload}",
+                    )
                 )
         cosine = self._record.find("cosine_mean", model=model, engine=best)
         if cosine:
@@ -169,7 +172,9 @@ class _Page:
         for workload in figures.values(self._record, "sentences_per_s", "workload", question="throughput", model=model):
             found = self._record.find("sentences_per_s", question="throughput", model=model, workload=workload)
             source = self._record.content["workloads"].get(workload, {}).get("source", "")
-            note = f"Sentences a second, texts in and vectors out; × against PyTorch FP32. {source}."
+            note = "Sentences a second, texts in and vectors out; × against PyTorch FP32. " + (
+                f"Texts: {source}." if source else ""
+            )
             drawn = self._bars(figures.rows(self._record, found), "sentences/s", f"Throughput, {workload}")
             cards.append(_card(f"Throughput, {workload}", note, drawn))
         return cards
@@ -326,7 +331,7 @@ def _card(heading: str, note: str, content: str) -> str:
 
 
 def _times(row: Row) -> str:
-    return "" if row.times is None or row.engine == REFERENCE else f"  {row.times.value:.2f}×"
+    return "" if row.times is None or row.engine == REFERENCE else f"\u2002{row.times.value:.2f}×"
 
 
 def _id(name: str) -> str:

@@ -40,10 +40,10 @@ class Scale:
         """Round values between both ends."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            steps = (1, 2, 5) if last - first <= 2 else (1,)
+            steps = (1, 2, 5) if self.high / self.low < 500 else (1,)
             found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-            skip = max(1, len(found) // 7)
-            return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001][::skip]
+            inside = [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
+            return inside[:: max(1, len(inside) // 7)]
         rough = (self.high - self.low) / 5
         power = 10 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
