@@ -17,9 +17,9 @@ from m3e_export.texts import corpus
 def ask(run: Run, model: Model) -> None:
     """Measure on the first model."""
     if model is run.models[0]:
-        _threads(run, model)
         _batches(run, model)
         _corpora(run, model)
+        _threads(run, model)
 
 
 def _threads(run: Run, model: Model) -> None:
@@ -43,7 +43,7 @@ def _threads(run: Run, model: Model) -> None:
             return [_series(model, opened, count / seconds, parameters)]
 
         run.interleave(f"scaling {threads} threads", model, measure, rounds=min(3, run.budget.rounds))
-    run.close_all()  # the next question wants all threads again
+    run.close_all()  # whoever asks next wants all threads again
 
 
 def _batches(run: Run, model: Model) -> None:

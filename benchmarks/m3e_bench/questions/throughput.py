@@ -11,33 +11,29 @@ from m3e_bench.runner import OpenEngine, Run
 from m3e_bench.workloads import sized_texts
 
 _SAMPLE = 64  # texts that show how long the whole takes
+_LENGTH_TOKENS = 2048  # of all texts of one length together
 
 
 def ask(run: Run, model: Model) -> None:
     """Measure the workloads, and on the first model each length too."""
     for workload in run.workloads:
-        measure_texts(
-            run, model, "throughput", workload.name, workload.texts, {"workload": workload.name}, run.budget.turn_s
-        )
+        portions = _portions(run, model, workload.name, workload.texts, run.budget.turn_s)
+        parameters = {"workload": workload.name}
+        _measure(run, model, workload.name, workload.texts, parameters, portions, run.budget.rounds)
     if model is run.models[0]:
         for length in run.budget.lengths:
-            texts = sized_texts(length, max(32, 8192 // length))
-            measure_texts(
-                run, model, "throughput", f"{length}-tokens", texts, {"length_tokens": length}, run.budget.turn_s / 6,
-                rounds=min(3, run.budget.rounds),
-            )  # fmt: skip
+            texts = sized_texts(length, max(4, _LENGTH_TOKENS // length))
+            _measure(run, model, f"{length}-tokens", texts, {"length_tokens": length}, 1, min(3, run.budget.rounds))
 
 
-def measure_texts(
-    run: Run, model: Model, question: str, name: str, texts: Sequence[str], parameters: dict[str, object],
-    turn_s: float, rounds: int | None = None,
-) -> None:  # fmt: skip
+def _measure(
+    run: Run, model: Model, name: str, texts: Sequence[str], parameters: dict[str, object], portions: int, rounds: int
+) -> None:
     """Measure sentences a second over a list of texts.
 
     Every engine encodes the same portion in the same round. With n portions, portion i is every n-th text from the
     i-th on, so that all are alike.
     """
-    portions = _portions(run, model, name, texts, turn_s)
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         opened.give(name, texts)
@@ -45,12 +41,10 @@ def measure_texts(
             opened.seconds(name, portions - 1, portions)
             opened.warm.add(name)
         seconds, count = opened.seconds(name, number % portions, portions)
-        samples = ((count / seconds,),)
-        return [
-            Series(question, "sentences_per_s", "1/s", "higher", model.name, opened.engine.name, samples, parameters)
-        ]
+        engine, samples = opened.engine.name, ((count / seconds,),)
+        return [Series("throughput", "sentences_per_s", "1/s", "higher", model.name, engine, samples, parameters)]
 
-    run.interleave(f"{question} {name}", model, measure, rounds=rounds)
+    run.interleave(f"throughput {name}", model, measure, rounds=rounds)
 
 
 def _portions(run: Run, model: Model, name: str, texts: Sequence[str], turn_s: float) -> int:

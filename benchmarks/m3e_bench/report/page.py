@@ -81,9 +81,9 @@ class _Page:
         parts = [
             *self._throughput(name), self._lengths(name), *self._latency(name), self._speed_against_accuracy(name),
             *self._tables(name),
-            self._one(name, "first_vector_s", "Cold start", "s",
+            self._one(name, "first_vector_s", "Cold start, s", "s",
                       "From the start of a process to its first vector: imports, loading, checks and one text."),
-            self._one(name, "resident_mb", "Memory", "MB", "Resident after both workloads.", after="workloads"),
+            self._one(name, "resident_mb", "Memory, MB", "MB", "Resident after both workloads.", after="workloads"),
             *self._scaling(name), *self._bound(name),
         ]  # fmt: skip
         return f'<h2 id="{_id(name)}">{html.escape(name)}</h2><p class=soft>{intro}</p>{"".join(parts)}'
