@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m3e import M3EError
-from m3e_bench import budget, commands, environments, readme
+from m3e_bench import budget, commands, environments, peers, readme
 from m3e_bench.cli import main
 from m3e_bench.record import Journal, Record, load_record
 
@@ -153,12 +153,12 @@ def test_an_environment_that_pip_cannot_make_is_reported_and_not_tried_twice(
     for _ in range(2):
         with pytest.raises(environments.EnvironmentUnavailableError, match="Invalid requirement"):
             environments.interpreter("broken", tmp_path)
-        monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: pytest.fail("tried twice"))
+        monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("tried twice"))
 
 
 def test_every_lock_pins_every_package() -> None:
     locks = sorted(environments._LOCKS.glob("*.txt"))
-    names = {engine.environment for engine in commands.peers.ENGINES if engine.environment}
+    names = {engine.environment for engine in peers.ENGINES if engine.environment}
     assert {path.stem for path in locks} == names | {"mteb"}
     for path in locks:
         for line in path.read_text(encoding="utf-8").splitlines():

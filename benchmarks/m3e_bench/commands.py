@@ -9,9 +9,14 @@ from pathlib import Path
 
 from m3e import InputError, M3EError
 from m3e_bench import budget, environments, peers
+from m3e_bench.compare import Condition, compare_records
 from m3e_bench.models import find_model
+from m3e_bench.quality.run import measure_quality
 from m3e_bench.questions import accuracy, cold_start, latency, memory, roofline, scaling, throughput
-from m3e_bench.record import load_record, write_record
+from m3e_bench.readme import check_readme, write_readme
+from m3e_bench.record import Record, load_record, write_record
+from m3e_bench.report.markdown import render_markdown
+from m3e_bench.report.page import render_page
 from m3e_bench.runner import Run
 from m3e_bench.workloads import check_data
 
@@ -69,8 +74,6 @@ def report(parsed: argparse.Namespace) -> None:
 
 def compare(parsed: argparse.Namespace) -> None:
     """Compare two records; fail where a condition holds."""
-    from m3e_bench.compare import Condition, compare_records
-
     conditions = [Condition.parse(text) for text in parsed.fail_if]
     outcome = compare_records(
         load_record(parsed.old), load_record(parsed.new), conditions, parsed.engines, parsed.relative_to
@@ -82,8 +85,6 @@ def compare(parsed: argparse.Namespace) -> None:
 
 def readme(parsed: argparse.Namespace) -> None:
     """Write README's table from the committed record, or check it."""
-    from m3e_bench.readme import check_readme, write_readme
-
     (check_readme if parsed.check else write_readme)()
 
 
@@ -104,17 +105,10 @@ def engines(parsed: argparse.Namespace) -> None:
 
 def quality(parsed: argparse.Namespace) -> None:
     """Run MTEB tasks with PyTorch and every precision side by side."""
-    from m3e_bench.quality.run import measure_quality
-
     measure_quality(parsed)
 
 
-def _write_reports(record: object, stem: Path, price_per_hour: float) -> None:
-    from m3e_bench.record import Record
-    from m3e_bench.report.markdown import render_markdown
-    from m3e_bench.report.page import render_page
-
-    assert isinstance(record, Record)
+def _write_reports(record: Record, stem: Path, price_per_hour: float) -> None:
     page, text = stem.with_name(stem.name + ".html"), stem.with_name(stem.name + ".md")
     page.write_text(render_page(record, price_per_hour), encoding="utf-8")
     text.write_text(render_markdown(record, price_per_hour), encoding="utf-8")

@@ -83,7 +83,10 @@ def products_only(model: bytes) -> bytes:
 
     source = onnx.load_from_string(model)
     constants = {tensor.name: tensor for tensor in source.graph.initializer}
-    nodes, inputs, outputs, used = [], {}, [], {"first", "last"}
+    nodes: list[Any] = []
+    inputs: dict[str, Any] = {}
+    outputs: list[Any] = []
+    used: set[str] = set()
     for node in source.graph.node:
         weight_at = 3 if node.op_type in ("QLinearMatMul", "QGemm") else 1
         weight = constants.get(node.input[weight_at]) if len(node.input) > weight_at else None
