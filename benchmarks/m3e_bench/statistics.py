@@ -11,11 +11,10 @@ import numpy.typing as npt
 
 from m3e_bench.record import Series
 
+_PERCENTS = {"median": 50, "p50": 50, "p95": 95, "p99": 99}
 STATISTICS: dict[str, Callable[[npt.ArrayLike], float]] = {
-    "median": lambda samples: float(np.median(samples)),
-    "p50": lambda samples: float(np.percentile(samples, 50)),
-    "p95": lambda samples: float(np.percentile(samples, 95)),
-    "p99": lambda samples: float(np.percentile(samples, 99)),
+    name: lambda samples, percent=percent: float(np.percentile(samples, percent))  # type: ignore[misc]
+    for name, percent in _PERCENTS.items()
 }
 
 
@@ -59,16 +58,19 @@ def resampled_change(
         New minus old as a share of old: the estimate, the lower and the upper end.
     """
     rng = np.random.default_rng(0)
-    compute = STATISTICS[statistic]
+    percent = _PERCENTS[statistic]
     whole = [[np.asarray(group) for group in rounds] for rounds in (old, new)]
 
-    def draw(rounds: list[np.ndarray[Any, Any]]) -> float:
-        if len(rounds) >= 3:
-            return compute(np.concatenate([rounds[i] for i in rng.integers(0, len(rounds), len(rounds))]))
-        flat = np.concatenate(rounds)
-        return compute(flat[rng.integers(0, len(flat), len(flat))])
+    def draw(rounds: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        if len(rounds) < 3:
+            flat = np.concatenate(rounds)
+            return np.percentile(flat[rng.integers(0, len(flat), (draws, len(flat)))], percent, axis=1)
+        drawn = rng.integers(0, len(rounds), (draws, len(rounds)))
+        if len({len(group) for group in rounds}) == 1:
+            return np.percentile(np.stack(rounds)[drawn].reshape(draws, -1), percent, axis=1)
+        return np.array([np.percentile(np.concatenate([rounds[i] for i in row]), percent) for row in drawn])
 
-    before, after = (compute(np.concatenate(rounds)) for rounds in whole)
-    changes = [draw(whole[1]) / draw(whole[0]) - 1 for _ in range(draws)]
+    before, after = (float(np.percentile(np.concatenate(rounds), percent)) for rounds in whole)
+    changes = draw(whole[1]) / draw(whole[0]) - 1
     low, high = np.percentile(changes, [5, 95])
     return after / before - 1, float(low), float(high)
