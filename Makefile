@@ -21,7 +21,7 @@ help: ## Show these targets
 	@touch $@
 
 demo: .venv/demo ## Convert a real model and embed with it (MODEL=moka-ai/m3e-base for another)
-	$(BIN)/python -m benchmarks.demo $(MODEL)
+	$(BIN)/python -m m3e_bench.demo $(MODEL)
 
 test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
@@ -33,11 +33,10 @@ check: .venv/dev ## Lint, format and types; figures in the README against their 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m benchmarks.readme --check
+	$(BIN)/python -m benchmarks readme --check
 
-bench: .venv/dev ## Measure start-up and memory, and write the README's table
-	$(BIN)/python -m benchmarks.cold_start
-	$(BIN)/python -m benchmarks.readme
+bench: .venv/dev ## Measure for two minutes: record, tables and page under .bench (all peers: python -m benchmarks --help)
+	$(BIN)/python -m benchmarks --quick
 
 build: .venv/dev ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation

@@ -1,1 +1,1 @@
-"""Measurements of the runtime; ``python -m benchmarks.NAME``."""
+"""Measurements; ``python -m benchmarks`` runs the package m3e_bench that lies in this folder."""

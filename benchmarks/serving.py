@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cold_start import machine
+from m3e_bench.machine import describe_machine
 from benchmarks.open_loop import open_loop
 from benchmarks.server_process import running
 from m3e import Encoder
@@ -241,7 +241,7 @@ def main() -> None:
     for part in parsed.parts:
         record[part] = measures[part]()
         print(part, json.dumps(record[part], indent=1), file=sys.stderr)
-    record["machine"] = machine()
+    record["machine"] = describe_machine()
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

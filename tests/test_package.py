@@ -35,7 +35,7 @@ def test_the_runtime_knows_neither_the_exporter_nor_its_packages() -> None:
         roots = {name.split(".")[0] for name in imports(path)}
         # The drop-in hands out tensors to programs that ask for them, and imports torch only then.
         allowed = {"torch"} if path.name == "sentence_transformers.py" else set()
-        assert not roots & {"m3e_export", "benchmarks", "tests", *(HEAVY - {"onnxruntime"} - allowed)}, path
+        assert not roots & {"m3e_export", "m3e_bench", "benchmarks", "tests", *(HEAVY - {"onnxruntime"} - allowed)}, path
         assert "onnxruntime" not in roots or path.name == "session.py", path
 
 
@@ -45,7 +45,7 @@ def test_only_errors_is_below_the_manifest_and_nobody_imports_the_benchmarks() -
     below = {name for name in imports(ROOT / "runtime/m3e/bundle.py") if name.startswith("m3e")}
     assert below == {"m3e.errors", "m3e.manifest"}
     for path in (ROOT / "export").rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"benchmarks", "tests"}, path
+        assert not {name.split(".")[0] for name in imports(path)} & {"benchmarks", "m3e_bench", "tests"}, path
 
 
 @pytest.mark.checkout
@@ -86,15 +86,18 @@ def test_public_names() -> None:
 
 
 @pytest.mark.checkout
-def test_the_wheel_holds_the_two_packages(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_three_packages(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"m3e", "m3e_export"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"m3e", "m3e_export", "m3e_bench"}
     assert {"m3e/py.typed", "m3e_export/py.typed", "m3e_export/corpus/zh.txt", "m3e_export/corpus/en.txt"} <= set(names)
+    assert {f"m3e_bench/{name}" for name in ("record.schema.json", "environments/torch.txt", "report/page.css")} <= set(
+        names
+    )
 
 
 @pytest.mark.checkout

@@ -40,7 +40,7 @@ _SENTENCES = {
 
 def main() -> int:
     """Run the demo; the exit code is returned."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m m3e_bench.demo", description=__doc__)
     parser.add_argument("model", nargs="?", help="folder or hub id (default: all-MiniLM-L6-v2)")
     parser.set_defaults(run=_run)
     return run_guarded(parser.parse_args())

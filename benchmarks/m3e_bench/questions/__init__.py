@@ -1,0 +1,1 @@
+"""One file for each question; every file has ``ask(run, model)``."""

@@ -1,0 +1,112 @@
+"""How near ours is to the bound: the graph's matrix products alone, in onnxruntime, measured in the same rounds.
+
+And where the rest of the time goes, from onnxruntime's profiler.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from m3e_bench import peers
+from m3e_bench.models import Model
+from m3e_bench.peers import Engine
+from m3e_bench.record import Series
+from m3e_bench.runner import OpenEngine, Run
+
+# Rows of one product: what keeps activations in cache differs from one processor to the next.
+_BATCH_TOKENS = (256, 512, 1024, 2048)
+
+
+def ask(run: Run, model: Model) -> None:
+    """Measure both precisions of ours against the products of their own graphs."""
+    for engine in run.engines:
+        if engine.ours and not run.problem(engine, model):
+            bound = next(bound for bound in peers.BOUNDS if bound.precision == engine.precision)
+            best = _best_batch(run, model, bound)
+            if best is not None:
+                for workload in run.workloads:
+                    _side_by_side(run, model, workload.name, workload.texts, engine, bound, best)
+            _profile(run, model, engine)
+
+
+def _best_batch(run: Run, model: Model, bound: Engine) -> dict[str, int] | None:
+    """Find the rows and the number of workers with which the products are fastest: the strictest bound."""
+    fact = f"roofline batch/{bound.name}/{model.name}"
+    if fact not in run.journal:
+        found: dict[tuple[int, int], float] = {}
+
+        def search(opened: OpenEngine) -> list[Series]:
+            for rows, workers in itertools.product(_BATCH_TOKENS, sorted({1, run.threads})):
+                request = {"tokens": 4096, "batch_tokens": rows, "workers": workers}
+                answers = [opened.process.request("call", method="run", **request) for _ in range(2)]
+                found[rows, workers] = max(answer["tokens"] / answer["seconds"] for answer in answers)
+            return []
+
+        run.once(f"roofline search/{model.name}/{bound.name}", bound, model, search)
+        if not found:
+            return None
+        rows, workers = max(found, key=lambda case: found[case])
+        run.journal.keep_fact(fact, {"batch_tokens": rows, "workers": workers})
+    best: dict[str, int] = run.journal.fact(fact)
+    return best
+
+
+def _side_by_side(
+    run: Run, model: Model, name: str, texts: tuple[str, ...], engine: Engine, bound: Engine, best: dict[str, int]
+) -> None:
+    """Tokens a second of ours and of the bound, round by round."""
+    portions = run.journal.fact(f"portions/{name}/{model.name}")
+    counts = _token_counts(run, model, texts)
+
+    def measure(opened: OpenEngine, number: int) -> list[Series]:
+        start = number % portions
+        tokens = int(counts[start::portions].sum())
+        if opened.engine is bound:
+            answer = opened.process.request("call", method="run", tokens=tokens, **best)
+            rate = answer["tokens"] / answer["seconds"]
+        else:
+            opened.give(name, texts)
+            opened.seconds(name, start, portions * 2)
+            seconds, _ = opened.seconds(name, start, portions)
+            rate = tokens / seconds
+        return [
+            Series(
+                "roofline", "tokens_per_s", "1/s", "higher", model.name, opened.engine.name, ((rate,),),
+                {"workload": name},
+            )
+        ]  # fmt: skip
+
+    run.interleave(f"roofline {engine.precision} {name}", model, measure, engines=[engine, bound])
+
+
+def _profile(run: Run, model: Model, engine: Engine) -> None:
+    """Seconds of each operator type on a portion of each workload."""
+    for workload in run.workloads:
+        portions = run.journal.fact(f"portions/{workload.name}/{model.name}")
+
+        def measure(opened: OpenEngine, name: str = workload.name, texts: Any = workload.texts,
+                    portions: int = portions) -> list[Series]:  # fmt: skip
+            answer = opened.process.request("call", method="profile", texts=list(texts[::portions]))
+            return [
+                Series(
+                    "roofline", "operator_s", "s", "neither", model.name, opened.engine.name, ((seconds,),),
+                    {"workload": name, "operator": operator},
+                )
+                for operator, seconds in answer["seconds"].items()
+            ]  # fmt: skip
+
+        run.once(f"roofline profile {workload.name}/{model.name}/{engine.name}", engine, model, measure)
+
+
+def _token_counts(run: Run, model: Model, texts: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    """Real tokens of each text, special ones included, cut as the model cuts."""
+    import tokenizers
+
+    ours = next(engine for engine in run.engines if engine.ours)
+    tokenizer = tokenizers.Tokenizer.from_file(str(run.launcher.bundle(ours, model) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return np.array([min(512, len(encoding.ids)) for encoding in tokenizer.encode_batch(list(texts))])

@@ -1,0 +1,1 @@
+"""A record, laid out for people."""

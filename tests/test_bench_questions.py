@@ -1,0 +1,122 @@
+"""The arithmetic of the questions, against slow references written here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3e import InputError
+from m3e_bench.peers import ENGINES, choose
+from m3e_bench.questions.accuracy import compare_vectors, rank, spearman
+from m3e_bench.record import Series
+from m3e_bench.statistics import ratio
+from m3e_bench.workloads import accuracy_texts, check_data, labelled_pairs, sized_texts, speed_workloads
+
+Array = np.ndarray[Any, Any]
+
+
+def slow_ranks(x: Array) -> Array:
+    return np.array([np.mean([sum(b < a for b in x) + 1, sum(b <= a for b in x)]) for a in x])
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_spearman_is_the_correlation_of_ranks(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal(60), rng.integers(0, 6, 60) if ties else rng.standard_normal(60)
+    expected = np.corrcoef(slow_ranks(a), slow_ranks(b))[0, 1]
+    assert spearman(a, b) == pytest.approx(expected, abs=1e-12)
+    assert spearman(a, np.exp(a)) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+
+
+def test_the_same_vectors_are_equal_in_every_figure() -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    assert compare_vectors(vectors, 3 * vectors) == pytest.approx(
+        {"cosine_mean": 1, "cosine_p1": 1, "cosine_min": 1, "top10_overlap": 1}, abs=1e-6
+    )
+
+
+def test_figures_of_vectors_that_moved() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((40, 8))
+    moved = expected + 0.5 * rng.standard_normal((40, 8))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (moved, expected)]
+    cosines = [float(a @ b) for a, b in zip(*unit, strict=True)]
+
+    def nearest(x: Array, row: int) -> set[int]:
+        others = [other for other in range(len(x)) if other != row]
+        return set(sorted(others, key=lambda other: -float(x[row] @ x[other]))[:10])
+
+    overlap = np.mean([len(nearest(unit[0], row) & nearest(unit[1], row)) / 10 for row in range(40)])
+    found = compare_vectors(moved, expected)
+    assert found["cosine_mean"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found["cosine_min"] == pytest.approx(min(cosines), abs=1e-6)
+    assert found["top10_overlap"] == pytest.approx(overlap, abs=1e-9)
+
+
+def test_ndcg_of_a_worked_example() -> None:
+    """Three queries whose own answers come first, third and not among the first ten."""
+    corpus = np.eye(12)
+    left = np.zeros((12, 12))
+    left[0, 0] = 1
+    left[1, [4, 5, 1]] = 3, 2, 1
+    left[2] = np.linspace(2, 1, 12)
+    left[2, 2] = 0.1
+    vectors = np.concatenate([left, corpus])
+    scores = np.array([1.0] * 3 + [0.0] * 9)
+    assert rank(vectors, scores, "zh-lcqmc")["ndcg_at_10"] == pytest.approx((1 + 1 / math.log2(4) + 0) / 3)
+
+
+def test_a_ratio_has_the_spread_of_its_rounds() -> None:
+    def of(*rounds: float) -> Series:
+        return Series("throughput", "m", "1/s", "higher", "m", "e", tuple((x,) for x in rounds))
+
+    found = ratio(of(100, 50, 90), of(10, 10, 10))
+    assert (found.value, found.low, found.high) == (9, 5, 10)
+
+
+def test_texts_of_a_length_have_that_length(tiny_encoder: Any) -> None:
+    for length in (8, 12, 128, 500):
+        assert set(tiny_encoder.count_tokens(sized_texts(length, 20))) == {length}
+
+
+def test_workloads_are_the_same_every_time_and_work_without_data(data_dir: Path | None) -> None:
+    for data in {None, data_dir}:
+        first, second = speed_workloads(data), speed_workloads(data)
+        assert first == second
+        assert all(workload.texts and all(workload.texts) for workload in first)
+        assert len({workload.sha256 for workload in first}) == 2
+    assert labelled_pairs(None, "zh", None) == []
+    assert len(accuracy_texts("en", 100)) >= 100
+
+
+def test_the_public_sets_are_read_whole(data_dir: Path | None) -> None:
+    if data_dir is None:
+        return  # the sets are not published with the project; the shipped corpus is tested above
+    lcqmc, mixed = speed_workloads(data_dir)
+    assert (lcqmc.name, len(lcqmc.texts), mixed.name, len(mixed.texts)) == ("lcqmc", 2000, "mixed", 500)
+    sets = [*labelled_pairs(data_dir, "zh", None), *labelled_pairs(data_dir, "en", None)]
+    assert {pairs.name: len(pairs.scores) for pairs in sets} == {"zh-stsb": 1361, "zh-lcqmc": 2000, "en-stsb": 1379}
+    assert all(0 <= score <= 5 for pairs in sets for score in pairs.scores)
+
+
+def test_a_data_folder_that_lacks_a_set_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "zh-stsb-test.tsv").touch()
+    with pytest.raises(InputError, match=r"lacks zh-lcqmc-test\.tsv, zh-sohu-dc-test\.jsonl, en-stsb\.tsv\.gz"):
+        check_data(tmp_path)
+
+
+def test_engines_are_picked_by_name_and_endpoints_by_address() -> None:
+    assert choose(None, []) == list(ENGINES)
+    (only, endpoint) = choose(["m3e-int8"], ["tei=http://localhost:8080/v1,model=m3e-base,key_variable=KEY"])
+    assert only.name == "m3e-int8"
+    assert dict(endpoint.options) == {"url": "http://localhost:8080/v1", "model": "m3e-base", "key_variable": "KEY"}
+    with pytest.raises(InputError, match="no engines"):
+        choose(["m3e-int9"], [])
+    for text in ("localhost:8080", "tei=localhost", "tei=http://host/v1,colour=red"):
+        with pytest.raises(InputError, match="expected NAME=http"):
+            choose([], [text])
