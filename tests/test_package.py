@@ -15,7 +15,7 @@ import pytest
 import m3e
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "onnx", "huggingface_hub", "safetensors", "onnxruntime", "optimum"}
+HEAVY = {"torch", "transformers", "onnx", "huggingface_hub", "safetensors", "onnxruntime", "optimum", "asyncio"}
 
 
 def imports(path: Path) -> set[str]:
@@ -79,10 +79,15 @@ def test_importing_is_light() -> None:
 
 
 def test_public_names() -> None:
+    language = {"annotations", "TYPE_CHECKING", "Any"}
     visible = {
         name for name, value in vars(m3e).items() if not name.startswith("_") and not isinstance(value, type(m3e))
     }
-    assert visible == set(m3e.__all__)
+    assert visible - language | set(m3e._ON_FIRST_USE) == set(m3e.__all__)
+    for name in m3e.__all__:
+        assert getattr(m3e, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = m3e.nothing
 
 
 @pytest.mark.checkout

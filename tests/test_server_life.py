@@ -112,7 +112,7 @@ def test_a_client_that_leaves_does_not_have_its_texts_run(tiny_bundle: Path) -> 
         time.sleep(0.3)
         metrics = server.get("/metrics").body.decode()
         assert "m3e_batch_texts_count 1.0" in metrics
-        assert "m3e_active_requests 0.0" in metrics
+        assert "m3e_active_requests 1.0" in metrics  # the one that asks
         assert "m3e_queue_tokens 0.0" in metrics
 
 

@@ -111,8 +111,8 @@ def load_checkpoint(
     )
 
 
-def position_rows(checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
-    """What is added to the word embeddings at each position, float32 (rows, embedding_size).
+def position_rows(checkpoint: Checkpoint, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """What is added to the word embeddings at each position: (rows, embedding_size) of the given type.
 
     Sentence encoders see one segment and one task: row 0 of those tables is added to every position. Where positions
     know pads, row 0 is a pad's and row n the n-th token's.
@@ -120,7 +120,7 @@ def position_rows(checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
     tensors, config = checkpoint.tensors, checkpoint.config
     start = config.padding_position or 0
     length = checkpoint.max_seq_length + (config.padding_position is not None)
-    rows: npt.NDArray[np.float32] = tensors["embeddings.position_embeddings.weight"][start : start + length].copy()
+    rows: npt.NDArray[Any] = tensors["embeddings.position_embeddings.weight"][start : start + length].astype(dtype)
     for name in ("embeddings.token_type_embeddings.weight", "embeddings.task_type_embeddings.weight"):
         if name in tensors:
             rows += tensors[name][0]

@@ -48,12 +48,13 @@ class NumpySteps:
     def positions(self) -> Array:
         """What is added to the word embeddings."""
         pad = self._checkpoint.config.padding_position
-        rows = position_rows(self._checkpoint)
+        rows = position_rows(self._checkpoint, self._dtype)
         if pad is None:
             index = [np.arange(length) for length in self._lengths]
         else:  # pad tokens in a text have row 0 and are not counted
             index = [np.cumsum(text != pad) * (text != pad) for text in self._texts]
-        return rows[np.concatenate(index)].astype(self._dtype, copy=False)
+        found: Array = rows[np.concatenate(index)]
+        return found
 
     def linears(self, site: str, names: Sequence[str], x: Array) -> list[Array]:
         """Linear layers of one input."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -207,11 +206,9 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
     # The service decides when this process ends; a signal to the whole group must not cut its batches short.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Behind the service itself where both want the processor: a refusal must not wait for a batch.
-    os.nice(5)
     channels = [Connection(number) for number in parsed.sockets]
     try:
-        encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=1)
+        encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=parsed.threads)
         hello = {"precision": encoder.precision, "slowest_batch_s": _warm_up(encoder, parsed.max_batch_tokens)}
     except Exception as error:
         channels[0].send_bytes(json.dumps({"error": str(error)}).encode())
