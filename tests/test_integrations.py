@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class Chroma:
 
         self.client = chromadb.PersistentClient(str(folder), chromadb.Settings(anonymized_telemetry=False))
         self.function = M3EEmbeddingFunction(str(bundle))
-        self.collection = self.client.get_or_create_collection("c", embedding_function=self.function)
+        self.collection = self.client.get_or_create_collection("notes", embedding_function=self.function)
 
     def add(self) -> None:
         self.collection.add(ids=[str(i) for i in range(len(DOCUMENTS))], documents=DOCUMENTS)
@@ -168,10 +167,10 @@ class Faiss:
 
 class SqliteVec:
     def __init__(self, folder: Path, bundle: Path) -> None:
-        from m3e.integrations.sqlite_vec import open_table
+        from m3e.integrations.sqlite_vec import connect, open_table
 
         folder.mkdir(exist_ok=True)
-        self.connection, self.encoder = sqlite3.connect(folder / "db"), Encoder(bundle)
+        self.connection, self.encoder = connect(folder / "db"), Encoder(bundle)
         try:
             open_table(self.connection, "c", self.encoder)
         except InputError:
@@ -222,7 +221,7 @@ def test_chroma_builds_the_function_from_what_it_stored(bundle: Path, other: Pat
     opened.add()
     opened.close()
     collection = chromadb.PersistentClient(str(tmp_path), chromadb.Settings(anonymized_telemetry=False)).get_collection(
-        "c"
+        "notes"
     )
     assert collection.query(query_texts=["sunny weather"], n_results=1)["ids"] == [["2"]]
     function = M3EEmbeddingFunction(str(bundle))
@@ -245,12 +244,12 @@ def test_an_index_of_somebody_else_is_refused(bundle: Path, tmp_path: Path) -> N
     import faiss
 
     from m3e.integrations.faiss import read_index
-    from m3e.integrations.sqlite_vec import open_table
+    from m3e.integrations.sqlite_vec import connect, open_table
 
     faiss.write_index(faiss.IndexFlatIP(384), str(tmp_path / "index"))
     with pytest.raises(InputError, match="does not say which vectors it holds"):
         read_index(tmp_path / "index", Encoder(bundle))
-    connection = sqlite3.connect(":memory:")
+    connection = connect(":memory:")
     connection.execute("CREATE TABLE c (x)")
     with pytest.raises(InputError, match="does not say which vectors it holds"):
         open_table(connection, "c", Encoder(bundle))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from pymilvus import DataType, MilvusClient
 
 from m3e.encoder import Encoder
@@ -24,15 +22,11 @@ def open_collection(client: MilvusClient, name: str, encoder: Encoder) -> None:
         InputError: The collection holds vectors of another space, or does not say.
     """
     if not client.has_collection(name):
-        schema = MilvusClient.create_schema(enable_dynamic_field=True, description=json.dumps(space_metadata(encoder)))
+        schema = MilvusClient.create_schema(enable_dynamic_field=True)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=encoder.get_sentence_embedding_dimension())
         index = client.prepare_index_params()
         index.add_index("embedding", index_type="AUTOINDEX", metric_type="COSINE")
-        client.create_collection(name, schema=schema, index_params=index)
-    try:
-        stored = json.loads(client.describe_collection(name)["description"])
-    except ValueError:
-        stored = {}
-    check_space(stored if isinstance(stored, dict) else {}, encoder, f"the collection {name!r}")
+        client.create_collection(name, schema=schema, index_params=index, properties=space_metadata(encoder))
+    check_space(client.describe_collection(name).get("properties"), encoder, f"the collection {name!r}")
     client.load_collection(name)

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
-import sqlite3
+from typing import Any
 
 import sqlite_vec
 
 from m3e.encoder import Encoder
-from m3e.errors import InputError
+from m3e.errors import DependencyError, InputError
 from m3e.integrations.space import SPACE_KEY, check_space
 
 serialize = sqlite_vec.serialize_float32
 _SPACES = "m3e_spaces"
 
 
-def open_table(connection: sqlite3.Connection, name: str, encoder: Encoder) -> None:
+def connect(path: str | os.PathLike[str]) -> Any:
+    """Open a database that can load the extension: with Python's sqlite3, or pysqlite3 where that was built without.
+
+    Raises:
+        DependencyError: Neither can.
+    """
+    for name in ("sqlite3", "pysqlite3"):
+        try:
+            connection = importlib.import_module(name).connect(os.fspath(path))
+        except ImportError:
+            continue
+        if hasattr(connection, "enable_load_extension"):
+            return connection
+        connection.close()
+    raise DependencyError("this Python's sqlite3 cannot load extensions: pip install pysqlite3-binary")
+
+
+def open_table(connection: Any, name: str, encoder: Encoder) -> None:
     """Load the extension, and make a table ``name(embedding)`` with cosine distance, or check one that is there.
 
     Args:
-        connection: The database.
+        connection: The database, from `connect`.
         name: The table: letters, digits and underscores.
         encoder: What its vectors come from. `serialize` turns a vector into a value of the table.
 
