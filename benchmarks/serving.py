@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from m3e_bench.machine import describe_machine
 from benchmarks.open_loop import open_loop
 from benchmarks.server_process import running
 from m3e import Encoder
+from m3e_bench.machine import describe_machine
 
 RECORD = Path(__file__).parent / "results" / "serving.json"
 PROBE = "今天天气真好我们去公园"  # 13 tokens

@@ -35,7 +35,9 @@ def test_the_runtime_knows_neither_the_exporter_nor_its_packages() -> None:
         roots = {name.split(".")[0] for name in imports(path)}
         # The drop-in hands out tensors to programs that ask for them, and imports torch only then.
         allowed = {"torch"} if path.name == "sentence_transformers.py" else set()
-        assert not roots & {"m3e_export", "m3e_bench", "benchmarks", "tests", *(HEAVY - {"onnxruntime"} - allowed)}, path
+        assert not roots & {"m3e_export", "m3e_bench", "benchmarks", "tests", *(HEAVY - {"onnxruntime"} - allowed)}, (
+            path
+        )
         assert "onnxruntime" not in roots or path.name == "session.py", path
 
 
