@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.checkpoints import write_checkpoint
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
+from tests.hubs import Hub, fill, serving
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +32,15 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiny_encoder(tiny_bundle: Path) -> Encoder:
     return Encoder(tiny_bundle)
+
+
+@pytest.fixture
+def hub(tiny_checkpoint: Path) -> Iterator[Hub]:
+    """A stand-in of the Hugging Face hub; `tests.hubs.run` starts processes that ask it."""
+    server = Hub()
+    fill(server, tiny_checkpoint)
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="session")

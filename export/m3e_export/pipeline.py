@@ -34,13 +34,15 @@ from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify
-from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.checkpoint import Checkpoint, load_checkpoint, read_json
 from m3e_export.graph import build_graph
 from m3e_export.int8 import Int8Weights
+from m3e_export.pooling import LEGACY_KEYS
 from m3e_export.publish import check_target, staged
 from m3e_export.quantize import quantize
-from m3e_export.sources import fetch_checkpoint
+from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
+from m3e_export.tokenizer import complete_config
 
 PRECISIONS = ("fp32", "int8")
 _FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
@@ -51,13 +53,12 @@ _COPIED = (
     "config.json",
     "config_sentence_transformers.json",
     "special_tokens_map.json",
-    "tokenizer_config.json",
     "vocab.txt",
 )
 
 
 def convert(
-    checkpoint: str,
+    checkpoint: str | LocalCheckpoint,
     target: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
@@ -73,7 +74,7 @@ def convert(
     """Convert a checkpoint into a bundle.
 
     Args:
-        checkpoint: A folder or a hub id.
+        checkpoint: A folder or a hub id, or one that was fetched already.
         target: Where the bundle will be; it appears there whole or not at all.
         precisions: Of ``PRECISIONS``.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
@@ -93,8 +94,9 @@ def convert(
         DependencyError: A package is missing.
     """
     check_target(target, force)
-    report(f"reading {checkpoint}")
-    loaded = load_checkpoint(fetch_checkpoint(checkpoint, revision), max_seq_length=max_seq_length, normalize=normalize)
+    source = fetch_checkpoint(checkpoint, revision) if isinstance(checkpoint, str) else checkpoint
+    report(f"reading {source.id}")
+    loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize)
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     # An int8 graph has a quarter of the bytes, or more where layers stay FP32.
     share = {"fp32": 1.1, "int8": 0.6}
@@ -124,6 +126,11 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
     _write(folder / "tokenizer.json", checkpoint.tokenizer_json)
+    own, special = (
+        read_json(checkpoint.folder / name, default={}) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    tokenizer_config = complete_config(own, special, checkpoint.tokenizer_json, checkpoint.max_seq_length)
+    _write_json(folder / "tokenizer_config.json", tokenizer_config)
     kinds = ["Transformer", "Pooling"] + ["Normalize"] * checkpoint.normalize
     paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
     modules = [
@@ -134,8 +141,15 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": checkpoint.max_seq_length, "do_lower_case": False}
     )
-    pooling = {"embedding_dimension": checkpoint.config.hidden_size, "pooling_mode": list(checkpoint.pooling)}
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_json(folder / "1_Pooling" / "config.json", _pooling_config(checkpoint))
+
+
+def _pooling_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """The older form where it can say it: every sentence-transformers reads it, and other tools read nothing else."""
+    flags = {key: name in checkpoint.pooling for key, name in LEGACY_KEYS.items()}
+    if checkpoint.pooling == tuple(name for key, name in LEGACY_KEYS.items() if flags[key]):
+        return {"word_embedding_dimension": checkpoint.config.hidden_size, **flags}
+    return {"embedding_dimension": checkpoint.config.hidden_size, "pooling_mode": list(checkpoint.pooling)}
 
 
 def _write_graph(

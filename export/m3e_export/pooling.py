@@ -10,7 +10,7 @@ from m3e.errors import CheckpointError
 
 # Keys of the older 1_Pooling/config.json -> names of the newer one, in the order in which their vectors are
 # concatenated (huggingface/sentence-transformers: sentence_transformer/modules/pooling.py).
-_LEGACY_KEYS = {
+LEGACY_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -74,7 +74,7 @@ def _read_pooling_config(path: Path) -> tuple[str, ...]:
         mode = config.get("pooling_mode")
         if mode is None:
             # Without any key set, sentence-transformers takes mean.
-            mode = [name for key, name in _LEGACY_KEYS.items() if config.get(key)] or ["mean"]
+            mode = [name for key, name in LEGACY_KEYS.items() if config.get(key)] or ["mean"]
         modes = (mode,) if isinstance(mode, str) else tuple(mode)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.bundle import Bundle
+from m3e.cache import obtain
 from m3e.canary import check_canary
 from m3e.cpu import available_threads
 from m3e.errors import InputError
@@ -39,15 +40,18 @@ class Encoder:
     is found before it serves any.
 
     Args:
-        bundle: Folder written by ``convert.py``.
+        bundle: Folder written by ``convert.py``, or a hub id such as ``moka-ai/m3e-base``, which is converted into the
+            cache on first use if the exporter is installed (``m3e pull`` does it ahead of time).
         precision: Which graph: ``fp32``, or ``auto`` for the fastest that the bundle has for this device.
         device: ``cpu``.
         num_threads: Threads of one batch; None for what affinity and the container's quota allow.
+        revision: Of a hub id: branch or tag as it was when it was pulled, or a commit; None for the hub's default.
 
     Raises:
         BundleError: The bundle is missing, damaged or lacks the precision.
         StartError: onnxruntime refuses the graph, or the golden texts come out different.
-        DependencyError: onnxruntime is not installed.
+        DependencyError: onnxruntime is not installed; or a hub id is not in the cache and the exporter not installed.
+        ExportError: A hub id cannot be converted.
         InputError: Another device or number of threads.
     """
 
@@ -58,13 +62,14 @@ class Encoder:
         precision: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        revision: str | None = None,
     ) -> None:
         if device != "cpu":
             raise InputError(f"device is {device!r}, expected 'cpu'")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
         self._arguments = {"precision": precision, "device": device, "num_threads": num_threads}
-        self._folder = Path(bundle)
+        self._folder = obtain(bundle, revision, precision)
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
         self._graph = _choose(opened, precision, device)
@@ -169,7 +174,7 @@ class Encoder:
 
     def count_tokens(self, sentences: Sequence[str]) -> npt.NDArray[np.int64]:
         """Count the tokens of texts before truncation, special tokens included: int64 (n,)."""
-        return self._tokenizer(check_texts(sentences)).n_tokens_full
+        return self._tokenizer.count(check_texts(sentences))
 
     @property
     def max_seq_length(self) -> int:
@@ -187,6 +192,11 @@ class Encoder:
     def precision(self) -> str:
         """The precision of the graph that runs."""
         return self._graph.precision
+
+    @property
+    def space_id(self) -> str:
+        """Vectors of encoders with the same id may be compared, whatever their precision."""
+        return self.manifest.space_id
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -230,7 +240,8 @@ class Encoder:
         if len(cut):
             warnings.warn(
                 f"{len(cut)} of {len(tokens.n_tokens)} texts are longer than {self.max_seq_length} tokens and were cut "
-                f"(the first is text {cut[0]} with {tokens.n_tokens_full[cut[0]]} tokens); split them to embed all",
+                f"(the first is text {cut[0]}, with at least {tokens.n_tokens_full[cut[0]]} tokens); split them to "
+                "embed all",
                 TruncationWarning,
                 stacklevel=3,
             )
