@@ -38,20 +38,17 @@ TEXTS = [
 
 def blocks() -> dict[str, str]:
     """Each tool's program by the heading above it."""
-    text = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
-    return dict(
-        re.findall(r"^## ([^\n]+)\n(?:(?!^##|^```).*\n)*```(?:python|js)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    )
+    sections = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    programs = {section.partition("\n")[0]: re.search(r"```(?:python|js)\n(.*?)```", section, re.DOTALL)
+                for section in sections}  # fmt: skip
+    return {tool: match[1] for tool, match in programs.items() if match}
 
 
-def program(tool: str, **replaced: str) -> str:
-    code, n = re.subn(
-        r"(?m)^((?:const )?texts) = .*$", lambda match: f"{match[1]} = {json.dumps(TEXTS)}", blocks()[tool]
-    )
+def program(tool: str) -> str:
+    """The page's program on this module's texts."""
+    texts = json.dumps(TEXTS, ensure_ascii=False)
+    code, n = re.subn(r"(?m)^((?:const )?texts) = .*$", lambda match: f"{match[1]} = {texts}", blocks()[tool])
     assert n == 1
-    for old, new in replaced.items():
-        assert old in code
-        code = code.replace(old, new)
     return code
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,11 @@ class GraphBuilder:
     def int64(self, *values: int) -> str:
         """Add a 1-D int64 constant named after its values."""
         return self.const(f"int64_{'_'.join(map(str, values))}", values, np.int64)
+
+    def include(self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> None:
+        """Append nodes that were made elsewhere, with the initializers that they read."""
+        self._nodes += nodes
+        self._initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
         """Close the graph.

@@ -72,7 +72,11 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: LocalCheckpoint, *, max_seq_length: int | None = None, normalize: bool | None = None
+    source: LocalCheckpoint,
+    *,
+    max_seq_length: int | None = None,
+    normalize: bool | None = None,
+    config: BertConfig | None = None,
 ) -> Checkpoint:
     """Read a BERT checkpoint in sentence-transformers or plain transformers layout.
 
@@ -80,6 +84,7 @@ def load_checkpoint(
         source: Folder and name.
         max_seq_length: Overrides the checkpoint's own.
         normalize: Overrides the checkpoint's own.
+        config: The shape of an encoder that is not BERT, for a frontend that reads the weights itself; None for BERT.
 
     Raises:
         CheckpointError: Every reason found why this checkpoint cannot be converted.
@@ -87,14 +92,16 @@ def load_checkpoint(
     """
     folder = source.folder
     raw_config = read_json(folder / "config.json")
-    config = _read_config(raw_config, folder)
+    is_bert = config is None
+    config = _read_config(raw_config, folder) if config is None else config
     pooling, has_normalize = read_pooling(folder, raw_config, source.id)
     own = read_json(folder / "config_sentence_transformers.json", default={})
     tokenizer_json = read_tokenizer(folder, config.vocab_size)
     _check_lowercase(folder, tokenizer_json)
     prompts, default_prompt_name = _read_prompts(own, folder)
     tensors, weights_sha256 = read_weights(folder)
-    _check_tensors(config, tensors, folder)
+    if is_bert:
+        _check_tensors(config, tensors, folder)
     return Checkpoint(
         folder=folder,
         id=source.id,

@@ -16,6 +16,7 @@ examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --precision fp32 int8
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
+  python export/convert.py some-org/deberta -o bundles/deberta --frontend optimum
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
 """
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--precision", nargs="+", choices=["fp32", "int8"], default=["fp32"], help="graphs to make (default: fp32)"
     )
+    parser.add_argument("--frontend", choices=["builder", "optimum"], default="builder",
+                        help="builder (default) knows BERT, optimum traces any encoder")  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
     )
@@ -108,6 +111,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.checkpoint,
         parsed.output,
         precisions=parsed.precision,
+        frontend=parsed.frontend,
         max_seq_length=parsed.max_seq_length,
         normalize=parsed.normalize,
         with_token_embeddings=parsed.with_token_embeddings,

@@ -77,21 +77,21 @@ def build_graph(
     config = checkpoint.config
     weights = weights or Weights(checkpoint)
     builder = GraphBuilder(["input_ids", "attention_mask"])
-    packing, ids, positions = _pack(builder)
+    packing, ids, positions = pack(builder)
     hidden = _embeddings(builder, checkpoint, weights, ids, positions)
     for i in range(config.num_hidden_layers):
         hidden = _layer(builder, checkpoint, weights, i, hidden, packing)
     builder.scope("pooling")
     outputs: dict[str, tuple[str, list[int | str]]] = {
-        "sentence_embedding": (_pool(builder, checkpoint, hidden, packing), ["batch", config.hidden_size])
+        "sentence_embedding": (pool(builder, checkpoint, hidden, packing), ["batch", config.hidden_size])
     }
     if with_token_embeddings:
-        cells = _masked_cells(builder, hidden, packing)
+        cells = masked_cells(builder, hidden, packing)
         outputs["last_hidden_state"] = (cells, ["batch", "seq_len", config.hidden_size])
     return builder.finish(outputs)
 
 
-def _pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
+def pack(builder: GraphBuilder) -> tuple[Packing, str, str]:
     """Find the real tokens: their places, ids (T,) and positions (T,)."""
     builder.scope("packing")
     shape = builder.op("Shape", "attention_mask")
@@ -158,7 +158,7 @@ def _layer_norm(builder: GraphBuilder, checkpoint: Checkpoint, name: str, value:
     return builder.op("LayerNormalization", value, weight, bias, axis=-1, epsilon=checkpoint.config.layer_norm_eps)
 
 
-def _pool(builder: GraphBuilder, checkpoint: Checkpoint, hidden: str, packing: Packing) -> str:
+def pool(builder: GraphBuilder, checkpoint: Checkpoint, hidden: str, packing: Packing) -> str:
     """(T, hidden) -> (batch, dim), in FP32, at unit length if the checkpoint says so."""
     (pooling,) = checkpoint.pooling
     embedding = {"mean": _mean, "cls": _cls}[pooling](builder, hidden, packing)
@@ -189,7 +189,7 @@ def _cls(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
     return builder.op("Gather", hidden, first)
 
 
-def _masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
+def masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
     """(T, hidden) -> (batch, seq_len, hidden), zero at pads."""
     cells = builder.op("Gather", hidden, packing.cell_index)
     mask = builder.op("Cast", packing.mask, to=onnx.TensorProto.FLOAT)

@@ -32,6 +32,7 @@ from m3e.manifest import (
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
+from m3e_export import optimum_frontend
 from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify
 from m3e_export.checkpoint import Checkpoint, load_checkpoint, read_json
@@ -45,6 +46,7 @@ from m3e_export.texts import GOLDEN_TEXTS, range_texts
 from m3e_export.tokenizer import complete_config
 
 PRECISIONS = ("fp32", "int8")
+FRONTENDS = ("builder", "optimum")
 _FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
 # Another processor adds the same products in another order; far below this, far above that.
 _CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 2e-3}
@@ -62,6 +64,7 @@ def convert(
     target: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
+    frontend: str = "builder",
     max_seq_length: int | None = None,
     normalize: bool | None = None,
     with_token_embeddings: bool = False,
@@ -77,6 +80,8 @@ def convert(
         checkpoint: A folder or a hub id, or one that was fetched already.
         target: Where the bundle will be; it appears there whole or not at all.
         precisions: Of ``PRECISIONS``.
+        frontend: Of ``FRONTENDS``: ``builder`` writes the graph of a BERT from its weights; ``optimum`` traces any
+            other encoder, fp32 only.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
@@ -96,7 +101,18 @@ def convert(
     check_target(target, force)
     source = fetch_checkpoint(checkpoint, revision) if isinstance(checkpoint, str) else checkpoint
     report(f"reading {source.id}")
-    loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize)
+    traced = frontend == "optimum"
+    if traced and "int8" in precisions:
+        raise ExportError(
+            "--frontend optimum makes fp32 graphs only: our int8 is fitted layer by layer to a known encoder, and "
+            "dynamic quantisation, which needs no fitting, makes a text's vector depend on the texts beside it"
+        )
+    loaded = load_checkpoint(
+        source,
+        max_seq_length=max_seq_length,
+        normalize=normalize,
+        config=optimum_frontend.read_config(source.folder) if traced else None,
+    )
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     # An int8 graph has a quarter of the bytes, or more where layers stay FP32.
     share = {"fp32": 1.1, "int8": 0.6}
@@ -109,8 +125,13 @@ def convert(
             if precision == "int8":
                 texts = None if calibration is None else _read_texts(calibration)
                 sites = quantize(loaded, texts, report=report)
-            report(f"building the {precision} graph")
-            graphs.append(_write_graph(loaded, folder, precision, sites, with_token_embeddings))
+            report(f"{'tracing' if traced else 'building'} the {precision} graph")
+            if traced:
+                model = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings)
+            else:
+                weights = Int8Weights(loaded, sites) if precision == "int8" else None
+                model = build_graph(loaded, weights, with_token_embeddings=with_token_embeddings)
+            graphs.append(_write_graph(loaded, folder, model, precision, sites, batch_invariant=not traced))
         manifest = _describe(loaded, folder, graphs)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
         manifest = _certify(manifest, loaded, folder, accept_accuracy, report)
@@ -153,10 +174,14 @@ def _pooling_config(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _write_graph(
-    checkpoint: Checkpoint, folder: Path, precision: str, sites: Mapping[str, Int8Site], with_token_embeddings: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    model: onnx.ModelProto,
+    precision: str,
+    sites: Mapping[str, Int8Site],
+    *,
+    batch_invariant: bool,
 ) -> Graph:
-    weights = Int8Weights(checkpoint, sites) if precision == "int8" else None
-    model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
     data = model.SerializeToString(deterministic=True)
     file = _FILES[precision]
     _write(folder / file, data)
@@ -171,7 +196,7 @@ def _write_graph(
         ir_version=model.ir_version,
         ops=_op_types(model),
         outputs=tuple(output.name for output in model.graph.output),
-        batch_invariant=True,
+        batch_invariant=batch_invariant,
         cpu_features=("vnni",) if precision == "int8" else (),
         int8_sites={
             name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
@@ -194,7 +219,7 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
         format_version=FORMAT_VERSION,
         created_with={module.__name__: str(module.__version__) for module in (onnx, onnxruntime, tokenizers, np)},
         model=Model(
-            architecture="bert",
+            architecture=str(read_json(checkpoint.folder / "config.json")["model_type"]),
             embedding_dim=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,14 +90,10 @@ def _has_torch() -> bool:
 
 def _torch_token_embeddings(checkpoint: Checkpoint, input_ids: Sequence[Sequence[int]]) -> Iterator[Float64Array]:
     import torch
-    from transformers import BertConfig, BertModel
+    from transformers import AutoModel
 
-    config = BertConfig.from_pretrained(checkpoint.folder)
-    config.dtype = torch.float32
-    model: torch.nn.Module = BertModel(config, add_pooling_layer=False)
+    model: Any = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.float32)
     model.train(False)
-    state = {name: torch.from_numpy(np.asarray(tensor)) for name, tensor in checkpoint.tensors.items()}
-    model.load_state_dict(state, strict=True)
     with torch.inference_mode():
         for ids in input_ids:
             yield model(input_ids=torch.tensor([list(ids)])).last_hidden_state[0].double().numpy()
