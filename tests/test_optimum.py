@@ -58,7 +58,7 @@ def test_a_traced_encoder_gives_transformers_vectors(kind: str, tmp_path: Path) 
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
     arguments = json.dumps([kind, SHAPE | ARCHITECTURES.get(kind, {}), TEXTS], ensure_ascii=False)
-    run_python(python_with(*OPTIMUM, "safetensors>=0.4"), PROGRAM.format(arguments=arguments), tmp_path)
+    run_python(python_with(*OPTIMUM), PROGRAM.format(arguments=arguments), tmp_path)
     encoder = Encoder(tmp_path / "bundle")
     assert encoder.manifest.model.architecture == kind
     assert not encoder.manifest.graphs[0].batch_invariant

@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_two_packages(tmp_path: Path) -> None:
 @pytest.mark.checkout
 def test_the_extras_are_all_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {"cpu", "gpu", "tensorrt", "export", "torch", "optimum", "server", "bulk", "bench", "dev"}
+    extras = {"cpu", "gpu", "tensorrt", "export", "modelscope", "torch", "optimum", "server", "bulk", "bench", "dev"}
     assert set(project["optional-dependencies"]) == extras
     assert {re.split(r"[<>=]", item)[0] for item in project["dependencies"]} == {"numpy", "tokenizers", "tqdm"}
 

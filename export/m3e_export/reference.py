@@ -5,6 +5,7 @@ Both read the checkpoint's tensors by their original names and know nothing of t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -92,8 +93,25 @@ def _torch_token_embeddings(checkpoint: Checkpoint, input_ids: Sequence[Sequence
     import torch
     from transformers import AutoModel
 
-    model: Any = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    with _quiet_transformers():
+        model: Any = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.float32)
     model.train(False)
     with torch.inference_mode():
         for ids in input_ids:
             yield model(input_ids=torch.tensor([list(ids)])).last_hidden_state[0].double().numpy()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its reports of heads that the checkpoint lacks or has for nothing, and its progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -100,24 +100,28 @@ class _BertCutter:
                 kinds = np.frombuffer(window.encode("ascii").translate(self._ascii_kinds), dtype=np.uint8)
             else:
                 kinds = self._look_up(np.frombuffer(window.encode("utf-32-le"), dtype=np.uint32))
-            begins = _begins(kinds)
-            found = int(np.count_nonzero(begins))
-            if count + found > n_tokens + 1:
-                cut = int(np.flatnonzero(begins)[n_tokens + 1 - count])  # in front of it are n_tokens + 1 or more
-                kept.append(window[:cut])
-                break
-            count += found
-            kept.append(self._shorten(window, kinds))
+            flood = self._shorten_flood(window, kinds)
+            if flood is not None:
+                kept.append(flood)
+            else:
+                begins = _begins(kinds)
+                found = int(np.count_nonzero(begins))
+                if count + found > n_tokens + 1:
+                    cut = int(np.flatnonzero(begins)[n_tokens + 1 - count])  # in front of it are n_tokens + 1 or more
+                    kept.append(window[:cut])
+                    break
+                count += found
+                kept.append(self._shorten(window, kinds))
             start += size
             size = min(2 * size, _MAX_WINDOW)
         return "".join(kept)
 
     def _look_up(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
-        kinds = self._kinds[codes]
+        kinds = np.take(self._kinds, codes, mode="clip")  # nothing to clip; it is the fastest mode
         if not kinds.all():
             for code in np.unique(codes[kinds == _UNKNOWN]).tolist():
                 self._kinds[code] = self._ask(chr(code))
-            kinds = self._kinds[codes]
+            kinds = np.take(self._kinds, codes, mode="clip")
         return kinds
 
     def _ask(self, character: str) -> int:
@@ -135,16 +139,20 @@ class _BertCutter:
                 return _WORD
         return _OTHER
 
-    def _shorten(self, window: str, kinds: npt.NDArray[np.uint8]) -> str:
-        """Leave out what facts (2) and (3) allow, within the window."""
+    def _shorten_flood(self, window: str, kinds: npt.NDArray[np.uint8]) -> str | None:
+        """Shorten a window that is the inside of one word, or holds no word at all; None for any other."""
         lowest, highest = int(kinds.min()), int(kinds.max())
-        if lowest >= _NOTHING:  # one word
+        if lowest >= _NOTHING:
             end = np.flatnonzero(kinds == _WORD)[self._longest_word : self._longest_word + 1]
             if len(end):
                 return window[: int(end[0]) + 1]
-        if lowest >= _SPACE and highest <= _NOTHING:  # no word at all
+        if lowest >= _SPACE and highest <= _NOTHING:
             space = np.flatnonzero(kinds == _SPACE)[:1]
             return window[0] + "".join(window[i] for i in space.tolist() if i > 0)
+        return None
+
+    def _shorten(self, window: str, kinds: npt.NDArray[np.uint8]) -> str:
+        """Leave out what facts (2) and (3) allow, within the window."""
         is_word, is_nothing = kinds == _WORD, kinds == _NOTHING
         words = np.cumsum(is_word, dtype=np.int32)
         # Characters of the word so far: less what stood in front of the last one that is no part of a word.

@@ -172,9 +172,16 @@ class Encoder:
             return {"input_ids": empty, "attention_mask": empty}
         return pad(self._tokenizer(texts).input_ids)
 
-    def count_tokens(self, sentences: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Count the tokens of texts before truncation, special tokens included: int64 (n,)."""
-        return self._tokenizer.count(check_texts(sentences))
+    def count_tokens(self, sentences: Sequence[str], *, exact: bool = True) -> npt.NDArray[np.int64]:
+        """Count the tokens of texts before truncation, special tokens included: int64 (n,).
+
+        Args:
+            sentences: The texts.
+            exact: False counts a very long text only so far as to know that it is longer than ``max_seq_length``:
+                milliseconds for megabytes, which are seconds to count whole.
+        """
+        texts = check_texts(sentences)
+        return self._tokenizer.count(texts) if exact else self._tokenizer(texts).n_tokens_full
 
     @property
     def max_seq_length(self) -> int:

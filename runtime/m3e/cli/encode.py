@@ -93,7 +93,7 @@ def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
 def _write_jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any], out: TextIO) -> None:
     """Write an object a text, in windows, so that a pipe of any length needs no memory of its length."""
     while window := list(itertools.islice(texts, _WINDOW)):
-        counts = encoder.count_tokens(window)
+        counts = encoder.count_tokens(window, exact=False)
         for text, count, embedding in zip(window, counts, encoder.encode(window, **arguments), strict=True):
             row = {
                 "text": text,
