@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from tests.hubs import MAIN, NEWER, OLDER, PICKLED, REPO, Hub, ModelScope, names
 CONVERT = str(Path(__file__).parents[1] / "export" / "convert.py")
 
 
-def fetch(home: Path, hub: Hub, repo: str, revision: str | None) -> tuple[Path, str]:
+def fetch(
+    home: Path, hub: Hub | ModelScope, repo: str, revision: str | None, *, offline: bool = False
+) -> tuple[Path, str]:
     code = f"import sys; sys.path[:] = {sys.path!r}; from m3e_export.sources import fetch_checkpoint"
     code += f"; found = fetch_checkpoint({repo!r}, {revision!r}); print(found.folder, found.revision)"
-    done = run(home, hub, "-c", code)
+    done = run(home, hub, "-c", code, offline=offline)
     assert done.returncode == 0, done.stderr
     folder, found = done.stdout.split()
     return Path(folder), found
@@ -104,20 +107,26 @@ def modelscope(tiny_checkpoint: Path) -> Iterator[ModelScope]:
 
 
 @pytest.mark.checkout
-def test_a_model_of_modelscope_converts_and_again_from_its_cache(
+def test_a_model_of_modelscope_converts_and_is_found_again(
     modelscope: ModelScope, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    first, again = tmp_path / "first", tmp_path / "again"
+    first = tmp_path / "first"
     done = run(tmp_path / "home", modelscope, CONVERT, f"modelscope:{REPO}", "-o", str(first))
     assert done.returncode == 0, done.stderr
     assert set(modelscope.downloads) == names(tiny_checkpoint)
     source = Encoder(first).manifest.source
-    assert (source.id, source.revision) == (f"modelscope:{REPO}", "master")
+    assert source.id == f"modelscope:{REPO}"
+    assert source.revision is not None
+    assert re.fullmatch("master-[0-9a-f]{12}", source.revision)
     assert (first / "onnx" / "model.onnx").read_bytes() == (tiny_bundle / "onnx" / "model.onnx").read_bytes()
+    config = modelscope.files["config.json"]
+    modelscope.files["config.json"] = config + b" "  # a push to the branch
+    assert fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None)[1] != source.revision
+    modelscope.files["config.json"] = config
+    assert fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None)[1] == source.revision
     modelscope.shutdown()
-    done = run(tmp_path / "home", modelscope, CONVERT, f"modelscope:{REPO}", "-o", str(again), offline=True)
-    assert done.returncode == 0, done.stderr
-    assert (again / "manifest.json").read_bytes() == (first / "manifest.json").read_bytes()
+    folder, revision = fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None, offline=True)
+    assert (names(folder), revision) == (names(tiny_checkpoint), source.revision)
 
 
 @pytest.mark.checkout

@@ -6,6 +6,7 @@ Folders are only read, and may hold symlinks, as the hubs' own caches do.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _download(repo_id: str, revision: str | None) -> LocalCheckpoint:
 
 
 def _download_from_modelscope(repo_id: str, revision: str | None) -> LocalCheckpoint:
-    """ModelScope names no commit for a branch: the manifest has the branch, and the hash of the weights."""
+    """ModelScope names no commit for a branch: the revision is the branch and a hash of what it held."""
     try:
         import modelscope_hub
         from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -122,4 +123,14 @@ def _download_from_modelscope(repo_id: str, revision: str | None) -> LocalCheckp
             "network or MODELSCOPE_ENDPOINT; with HF_HUB_OFFLINE=1 the checkpoint must be in the cache; or pass a "
             "local folder"
         ) from error
-    return LocalCheckpoint(folder, f"{MODELSCOPE}{repo_id}", revision)
+    return LocalCheckpoint(folder, f"{MODELSCOPE}{repo_id}", f"{revision}-{_digest(folder)[:12]}")
+
+
+def _digest(folder: Path) -> str:
+    """Hash the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder).as_posix()} ".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
