@@ -47,7 +47,7 @@ class Worker:
     Args:
         folder: The bundle.
         precision: As for `Encoder`.
-        threads: Batches that run at once, each on a thread.
+        threads: Threads of the session; half as many batches run at once.
         max_batch_tokens: Size of the largest batch, for the warm-up.
         command: Program that runs `main`; tests give one whose encoder fails.
 
@@ -65,8 +65,10 @@ class Worker:
         command: Sequence[str] = DEFAULT_COMMAND,
     ) -> None:
         self._command = [*command, folder, precision, str(threads), str(max_batch_tokens)]
-        # One socket for each batch in flight, and one for token vectors.
-        self._n_channels = threads + 1
+        # One socket for each batch in flight, and one for token vectors. All batches share the session's threads:
+        # with two, one batch at a time answers a lone text in 3.3 ms instead of 4.6, and gives up a fifth of the
+        # throughput that two batches of one thread each would have.
+        self._n_channels = max(1, threads // 2) + 1
         self._starting = threading.Lock()
         self._side = threading.Lock()
         self._generation = 0
