@@ -200,8 +200,8 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
     }
 
 
-def _p99(seconds: list[float]) -> float | None:
-    return float(np.percentile(seconds, 99)) * 1e3 if seconds else None
+def _p99(seconds: list[float]) -> float:
+    return float(np.percentile(seconds, 99)) * 1e3 if seconds else float("nan")
 
 
 def _wait_for(port: int, seconds: float = 120) -> None:

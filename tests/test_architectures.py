@@ -150,7 +150,7 @@ def expected_vectors(kind: str, folder: Path, pooling: list[str], head: str) -> 
 
 
 def rows() -> list[Any]:
-    """The whole table; by default every pooling of BERT, the mean and one more of the others, and int8 with the mean."""
+    """The whole table; by default every pooling of BERT, two of each other architecture, and int8 with the mean."""
     rows = []
     names = [*POOLINGS, *UNIEM]
     for i, kind in enumerate(KINDS):

@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, BertTokenizer
 
 from benchmarks.checkpoints import random_tensors, vocabulary, write_json
 from m3e import CheckpointError, DependencyError
+from m3e_export.architectures import ARCHITECTURES
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
-from m3e_export.pooling import read_pooling
+from m3e_export.modules import Dense, Modules, Normalize, read_modules
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.tokenizer import read_tokenizer
 from m3e_export.weights import read_weights
+from tests.encoders import write_sentencepiece
 
 WORDS = 300
 TENSORS: dict[str, Any] = {**random_tensors("tiny", vocab_size=WORDS)}
@@ -74,7 +76,10 @@ def renamed(old: str, new: str) -> dict[str, Any]:
 
 
 TENSORFLOW = {name.replace("Norm.bias", "Norm.beta"): t for name, t in renamed(r"Norm\.weight", "Norm.gamma").items()}
-HEADS = ("pooler.dense.weight", "bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids")
+HEADS = (
+    "pooler.dense.weight", "bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids",
+    "cls.seq_relationship.weight", "classifier.weight", "qa_outputs.bias",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -92,7 +97,7 @@ HEADS = ("pooler.dense.weight", "bert.pooler.dense.bias", "cls.predictions.bias"
 def test_weights_are_read_as_float32(tmp_path: Path, file: str, given: dict[str, Any], dtype: torch.dtype) -> None:
     save = safetensors.torch.save_file if file == "model.safetensors" else torch.save
     save({name: torch.from_numpy(tensor).to(dtype) for name, tensor in given.items()}, tmp_path / file)
-    tensors, _ = read_weights(tmp_path)
+    tensors, _ = read_weights(tmp_path, ARCHITECTURES["bert"])
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == np.float32
@@ -101,8 +106,10 @@ def test_weights_are_read_as_float32(tmp_path: Path, file: str, given: dict[str,
 
 def test_bfloat16_is_read_before_anything_imports_onnx(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.tensor([1.5], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    code = f"import pathlib, sys; sys.path[:] = {sys.path!r}; from m3e_export.weights import read_weights"
-    code += f"; print(read_weights(pathlib.Path({str(tmp_path)!r}))[0]['a'], 'onnx' in sys.modules)"
+    code = f"import pathlib, sys; sys.path[:] = {sys.path!r}; from m3e_export.weights import read_tensors"
+    code += (
+        f"; print(read_tensors([pathlib.Path({str(tmp_path)!r}) / 'model.safetensors'])['a'], 'onnx' in sys.modules)"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[1.5] False\n"
 
 
@@ -115,7 +122,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> Non
     canary, path = tmp_path / "canary", tmp_path / "pytorch_model.bin"
     torch.save({"weight": Payload()}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin' cannot be read as a PyTorch state dict"):
-        read_weights(tmp_path)
+        read_weights(tmp_path, ARCHITECTURES["bert"])
     assert not canary.exists()
     torch.load(path, weights_only=False)
     assert canary.exists()  # the payload does work
@@ -125,7 +132,7 @@ def test_pickled_weights_without_torch_name_the_extra(tmp_path: Path, monkeypatc
     torch.save({}, tmp_path / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(DependencyError, match=r'pip install "m3e-runtime\[torch\]"'):
-        read_weights(tmp_path)
+        read_weights(tmp_path, ARCHITECTURES["bert"])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_pickled_weights_without_torch_name_the_extra(tmp_path: Path, monkeypatc
         pytest.param({BIAS: TENSORS[QUERY]}, [f"{BIAS} has shape (64, 64), config.json says (64,)"], id="shape"),
         pytest.param({BIAS: TENSORS[BIAS] * np.nan}, [f"{BIAS} has values that are not finite"], id="NaN"),
         pytest.param({BIAS: TENSORS[BIAS] * np.inf}, [f"{BIAS} has values that are not finite"], id="infinity"),
-        pytest.param({"adapter.bias": TENSORS[BIAS]}, ["adapter.bias is unknown in a BERT encoder"], id="unknown"),
+        pytest.param({"extra.bias": TENSORS[BIAS]}, ["extra.bias is unknown in a bert encoder"], id="unknown"),
     ],
 )
 def test_weights_that_do_not_fit(folder: Path, changes: dict[str, Any], problems: list[str]) -> None:
@@ -159,6 +166,23 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "pooling file alone": ({MODULES: None, POOLING: {"pooling_mode": "cls"}}, {}, {"pooling": ("cls",)}),
     "M3E by origin": (NO_POOLING | {CONFIG: {"_name_or_path": "moka-ai/M3E-base"}}, {}, {"pooling": ("mean",)}),
     "uniem mean": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "last_mean"}}, {}, {"pooling": ("mean",)}),
+    "uniem weighted": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "last_weighted"}}, {},
+                       {"pooling": ("weightedmean",)}),
+    "uniem first and last": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "first_last_mean"}}, {},
+                             {"pooling": ("first_last_mean",)}),
+    "uniem's entry under sentence-transformers' modules": (
+        {CONFIG: {"uniem_pooling_strategy": "cls"}}, {}, {"pooling": ("mean",)}),
+    "text2vec by origin": (NO_POOLING | {CONFIG: {"_name_or_path": "shibing624/text2vec-base-chinese"}}, {},
+                           {"pooling": ("mean",)}),
+    "legacy, two": ({POOLING: {"pooling_mode_cls_token": True}}, {}, {"pooling": ("cls", "mean")}),
+    "legacy last token": ({POOLING: NO_KEY | {"pooling_mode_lasttoken": True}}, {}, {"pooling": ("lasttoken",)}),
+    "pooling list of two": ({POOLING: {"pooling_mode": ["mean", "cls"]}}, {}, {"pooling": ("mean", "cls")}),
+    "prompt not pooled": ({POOLING: {"include_prompt": False}}, {}, {"include_prompt": False}),
+    "Dropout": (modules("Transformer", "Pooling", "Dropout"), {}, {"head": ()}),
+    "normalised twice": (modules("Transformer", "Pooling", "Normalize", "Normalize"), {"normalize": True},
+                         {"head": (Normalize(),)}),
+    "length file of older versions": ({LENGTH: None, "sentence_roberta_config.json": {"max_seq_length": 77}}, {},
+                                      {"max_seq_length": 77}),
     "uniem cls": (NO_POOLING | {CONFIG: {"uniem_embedding_strategy": "cls"}}, {}, {"pooling": ("cls",)}),
     "Normalize": (modules("Transformer", "Pooling", "Normalize"), {}, {"normalize": True}),
     "not normalised": (modules("Transformer", "Pooling", "Normalize"), {"normalize": False}, {"normalize": False}),
@@ -184,30 +208,43 @@ def test_what_is_read(folder: Path, edits: dict[str, Any], asked: dict[str, Any]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({CONFIG: {"model_type": "roberta"}}, "model_type is 'roberta'"),
+    "model_type": ({CONFIG: {"model_type": "qwen2"}}, "model_type is 'qwen2', built here are .*--frontend optimum"),
+    "T5": ({CONFIG: {"model_type": "t5"}}, "model_type is 't5'"),
+    "quantised": ({CONFIG: {"quantization_config": {"bits": 4}}}, "convert the checkpoint that they came from"),
+    "cross-attention": ({CONFIG: {"add_cross_attention": True}}, "only encoders are built"),
+    "adapter beside": ({"adapter_config.json": {}}, r"merge_and_unload\(\)"),
     "no model_type": ({CONFIG: {"model_type": ...}}, "model_type is None"),
     "code of its own": ({CONFIG: {"auto_map": {"AutoModel": "evil.Model"}}}, "needs code of its own"),
     "relative positions": ({CONFIG: {"position_embedding_type": "relative_key"}}, "is 'relative_key'"),
     "decoder": ({CONFIG: {"is_decoder": True}}, "is_decoder is True"),
-    "activation": ({CONFIG: {"hidden_act": "relu"}}, "hidden_act is 'relu', supported are gelu"),
+    "activation": ({CONFIG: {"hidden_act": "mish"}}, "hidden_act is 'mish', built here are gelu, .*--frontend optimum"),
     "heads": ({CONFIG: {"num_attention_heads": 5}}, "hidden_size 64 is no multiple of num_attention_heads"),
     "no layers": ({CONFIG: {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
     "mistyped": ({CONFIG: {"vocab_size": "300"}}, "vocab_size is '300', expected a positive int"),
-    "two problems": ({CONFIG: {"hidden_size": ..., "hidden_act": "relu"}}, "'relu'.*; hidden_size is None"),
+    "two problems": (
+        {CONFIG: {"hidden_size": ..., "hidden_act": "mish"}},
+        "hidden_size is None, .*hidden_act is 'mish'",
+    ),
     "no config": ({CONFIG: None}, "is no checkpoint: it has no config.json"),
     "no weights": ({"model.safetensors": None}, "has no weights: .*found 1_Pooling, config.json"),
-    "legacy, two": ({POOLING: {"pooling_mode_cls_token": True}}, r"pooling cls \+ mean; supported is one of"),
-    "legacy last token": ({POOLING: NO_KEY | {"pooling_mode_lasttoken": True}}, "pooling lasttoken"),
-    "max pooling": ({POOLING: {"pooling_mode": "max"}}, "pooling max"),
-    "pooling list of two": ({POOLING: {"pooling_mode": ["mean", "cls"]}}, r"pooling mean \+ cls"),
+    "unknown pooling": ({POOLING: {"pooling_mode": ["mean", "splade"]}}, r"pooling mean \+ splade; expected some of"),
+    "no pooling at all": ({POOLING: {"pooling_mode": []}}, "expected some of cls"),
     "pooling number": ({POOLING: {"pooling_mode": 5}}, "1_Pooling/config.json' cannot be read"),
     "pooling file missing": ({POOLING: None}, "1_Pooling/config.json' cannot be read"),
-    "prompt not pooled": ({POOLING: {"include_prompt": False}}, "leaves the prompt out of the pooling"),
+    "include_prompt mistyped": ({POOLING: {"include_prompt": "no"}}, "include_prompt 'no', expected true or false"),
     "no pooling": (NO_POOLING, "does not say how its tokens are pooled"),
-    "uniem's other": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "first_last_mean"}}, "'first_last_mean'"),
-    "Dense": (modules("Transformer", "Pooling", "Dense"), "has the modules Transformer, Pooling, Dense"),
+    "uniem's unknown": (NO_POOLING | {CONFIG: {"uniem_pooling_strategy": "max"}}, "uniem's pooling 'max', expected"),
+    "Dense without files": (modules("Transformer", "Pooling", "Dense"), "has no in_features and out_features"),
+    "CNN": (modules("Transformer", "CNN", "Pooling"), "has the modules Transformer, CNN, Pooling; built here are"),
+    "LSTM": (modules("Transformer", "LSTM", "Pooling"), "has the modules Transformer, LSTM"),
+    "layers": (modules("Transformer", "WeightedLayerPooling", "Pooling"), "has the modules Transformer, WeightedLayer"),
+    "Normalize of tokens": (
+        modules("Transformer", "Pooling", "Normalize") | {"2_Normalize/config.json": {"module_input_name": "tokens"}},
+        "has module_input_name 'tokens'"),
     "order": (modules("Transformer", "Normalize", "Pooling"), "has the modules Transformer, Normalize"),
-    "subfolder": ({MODULES: [{"path": "0_T", "type": "a.Transformer"}, {"path": "1", "type": "a.Pooling"}]}, "'0_T'"),
+    "subfolder without an encoder": (
+        {MODULES: [{"path": "0_T", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]},
+        "0_T' is no checkpoint: it has no config.json"),
     "length": ({LENGTH: {"max_seq_length": 513}}, "max_seq_length is 513, expected 3 to 512"),
     "length, too short": ({LENGTH: {"max_seq_length": 2}}, "max_seq_length is 2, expected 3 to 512"),
     "length, mistyped": ({LENGTH: {"max_seq_length": "128"}}, "max_seq_length is '128', expected 3 to 512"),
@@ -232,7 +269,7 @@ def test_an_impossible_length_is_refused(folder: Path, length: int) -> None:
 
 
 def test_m3e_by_name_has_mean_pooling(tmp_path: Path) -> None:
-    assert read_pooling(tmp_path, {}, "moka-ai/M3E-base") == (("mean",), False)
+    assert read_modules(tmp_path, "moka-ai/M3E-base") == Modules(pooling=("mean",))
 
 
 def test_fields_that_old_configs_lack_have_berts_defaults(folder: Path) -> None:
@@ -297,3 +334,106 @@ def test_lowercasing_that_the_tokenizer_does_not_do_is_refused(tiny_checkpoint: 
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": True})
     with pytest.raises(CheckpointError, match="asks for do_lower_case and the tokenizer keeps case"):
         load_checkpoint(fetch_checkpoint(str(folder)))
+
+
+def test_an_encoder_in_a_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """As sentence-transformers 1 saved it."""
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved / "0_Transformer", ignore=shutil.ignore_patterns("1_Pooling", "modules.json"))
+    shutil.move(folder / "1_Pooling", moved / "1_Pooling")
+    write_json(moved / MODULES, [{"path": "0_Transformer", "type": "a.Transformer"},
+                                 {"path": "1_Pooling", "type": "a.Pooling"}])  # fmt: skip
+    write_json(moved / PROMPTS, {"prompts": {"q": "q: "}})
+    found = load(moved)
+    assert (found.folder, found.pooling, found.prompts) == (moved / "0_Transformer", ("mean",), {"q": "q: "})
+
+
+def add_dense(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    edit(folder, modules("Transformer", "Pooling", "Dense"))
+    write_json(folder / "2_Dense" / "config.json", {"in_features": 64, "out_features": 8, "bias": True, **config})
+    torch.save(
+        {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, folder / "2_Dense/pytorch_model.bin"
+    )
+
+
+DENSE: dict[str, Any] = {"linear.weight": np.ones((8, 64), np.float32), "linear.bias": np.ones(8, np.float32)}
+
+
+def test_a_dense_module_without_a_named_activation_has_tanh(folder: Path) -> None:
+    add_dense(folder, {}, DENSE)
+    found = load(folder)
+    (dense,) = found.head
+    assert isinstance(dense, Dense)
+    assert (dense.activation, dense.weight.shape, found.embedding_dim, found.normalize) == ("Tanh", (8, 64), 8, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.Softmax"}, DENSE, "built here are torch.nn's Identity"),
+        ({"activation_function": "mine.Tanh"}, DENSE, "asks for the activation 'mine.Tanh'"),
+        ({"use_residual": True}, DENSE, "use_residual"),
+        ({"module_output_name": "token_embeddings"}, DENSE, "module_output_name 'token_embeddings'"),
+        ({"bias": False}, DENSE, r"expected {'linear.weight': \(8, 64\)}"),
+        ({"out_features": 9}, DENSE, r"expected {'linear.weight': \(9, 64\)"),
+        ({}, DENSE | {"linear.bias": np.full(8, np.nan, np.float32)}, "finite values"),
+        ({"in_features": 65}, DENSE | {"linear.weight": np.ones((8, 65), np.float32)}, "takes 65 values, before"),
+    ],
+    ids=["softmax", "code", "residual", "tokens", "bias", "shape", "NaN", "width"],
+)  # fmt: skip
+def test_a_dense_module_that_cannot_be_built(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Any], message: str
+) -> None:
+    add_dense(folder, config, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["base_model.model.encoder.layer.0.attention.self.query.lora_A.weight",
+                                  "bert.encoder.layer.0.attention.self.query.lora_B.default.weight"])  # fmt: skip
+def test_an_adapter_that_is_not_merged_is_refused(folder: Path, name: str) -> None:
+    safetensors.numpy.save_file({**TENSORS, name: TENSORS[BIAS]}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds? an adapter that is not merged .*merge_and_unload"):
+        load(folder)
+
+
+def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:
+    safetensors.numpy.save_file({**TENSORS, f"bert.{BIAS}": TENSORS[BIAS]}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"hold {BIAS} twice"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files(folder: Path, file: str) -> None:
+    whole = load(folder)
+    (folder / "model.safetensors").unlink()
+    stem, suffix = file.split(".")
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    names, where = sorted(TENSORS), {}
+    for i in range(2):
+        part = {name: torch.from_numpy(TENSORS[name]) for name in names[i::2]}
+        save(part, folder / f"{stem}-{i + 1:05}-of-00002.{suffix}")
+        where |= dict.fromkeys(part, f"{stem}-{i + 1:05}-of-00002.{suffix}")
+    write_json(folder / f"{file}.index.json", {"weight_map": where})
+    found = load(folder)
+    assert found.weights_sha256 != whole.weights_sha256
+    for name in names:
+        np.testing.assert_array_equal(found.tensors[name], whole.tensors[name])
+
+
+def test_files_of_sentencepiece_are_read_through_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sentencepiece(tmp_path)
+    write_json(tmp_path / CONFIG, {"model_type": "xlm-roberta"})
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_str(read_tokenizer(tmp_path, len(reference)).decode())
+    assert [tokenizer.encode(text).ids for text in TEXTS] == [reference(text).input_ids for text in TEXTS]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DependencyError, match=r'no tokenizer.json, .*pip install "m3e-runtime\[torch\]" sentencepiece'):
+        read_tokenizer(tmp_path, len(reference))
+
+
+def test_files_that_transformers_cannot_read_either(tmp_path: Path) -> None:
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"damaged")
+    write_json(tmp_path / CONFIG, {"model_type": "xlm-roberta"})
+    with pytest.raises(CheckpointError, match=r"transformers cannot make a tokenizer\.json of the files in"):
+        read_tokenizer(tmp_path, 300)

@@ -40,11 +40,10 @@ class Chroma:
     def __init__(self, folder: Path, bundle: Path) -> None:
         import chromadb
 
-        from m3e.integrations.chroma import M3EEmbeddingFunction
+        from m3e.integrations.chroma import open_collection
 
         self.client = chromadb.PersistentClient(str(folder), chromadb.Settings(anonymized_telemetry=False))
-        self.function = M3EEmbeddingFunction(str(bundle))
-        self.collection = self.client.get_or_create_collection("notes", embedding_function=self.function)
+        self.collection = open_collection(self.client, "notes", str(bundle))
 
     def add(self) -> None:
         self.collection.add(ids=[str(i) for i in range(len(DOCUMENTS))], documents=DOCUMENTS)

@@ -37,13 +37,13 @@ class Budget:
 FULL = Budget()
 QUICK = Budget(
     rounds=3,
-    turn_s=1.0,
-    latency_turn_s=0.3,
+    turn_s=0.7,
+    latency_turn_s=0.2,
     latency_cases=((12, 1),),
     rates_per_s=(50,),
     open_loop_s=1.0,
-    cold_starts=3,
-    lengths=(8, 32, 128, 512),
-    accuracy_texts=200,
+    cold_starts=2,
+    lengths=(16, 128, 512),
+    accuracy_texts=100,
     corpus_sizes=(100, 1000),
 )

@@ -18,6 +18,7 @@ from m3e_bench.process import EngineError, EngineProcess
 from m3e_bench.workloads import accuracy_texts
 
 _CALIBRATION_TEXTS = 1000  # of each language; an engine takes as many of them as it wants
+_BRIEF_CALIBRATION_TEXTS = 60
 _PREPARE_LIMIT_S = 3600
 
 
@@ -56,7 +57,8 @@ class Launcher:
         tqdm.write(f"converting {model.name} for {engine.title}", file=sys.stderr)
         process = self._process(engine)
         try:
-            calibration = [text for language in ("zh", "en") for text in accuracy_texts(language, _CALIBRATION_TEXTS)]
+            count = _BRIEF_CALIBRATION_TEXTS if self._brief(model) else _CALIBRATION_TEXTS
+            calibration = [text for language in ("zh", "en") for text in accuracy_texts(language, count)[:count]]
             process.request("prepare", _PREPARE_LIMIT_S, **self.arguments(engine, model), calibration=calibration)
         finally:
             process.close()
@@ -65,6 +67,8 @@ class Launcher:
     def arguments(self, engine: Engine, model: Model) -> dict[str, Any]:
         """What an engine is told of a model."""
         options = dict(engine.options)
+        if engine.environment is None and engine.module != "openai_http":
+            options["brief"] = self._brief(model)
         if engine.after is not None:
             options["exported"] = str(self._files(peers.by_name(engine.after), model))
         return {"checkpoint": str(model.folder), "folder": str(self._files(engine, model)), "options": options}
@@ -84,6 +88,10 @@ class Launcher:
             raise EngineError("not installed in this environment; a run without --quick makes one for it")
         return environments.interpreter(engine.environment, self._work)
 
+    def _brief(self, model: Model) -> bool:
+        """Whether to calibrate on few texts: all take minutes, and random weights have no accuracy to spoil."""
+        return self._quick and model.weights == "random"
+
     def _process(self, engine: Engine) -> EngineProcess:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{engine.name}.log"
@@ -92,7 +100,8 @@ class Launcher:
     def _files(self, engine: Engine, model: Model) -> Path:
         """Where an engine's converted model is; another place when what converts it changes."""
         if engine.environment is None:
-            name = f"m3e-{own_code()}"  # both precisions of ours, and their bounds, lie in one bundle
+            # Both precisions of ours, and their bounds, lie in one bundle.
+            name = f"m3e-{own_code()}{'-brief' * self._brief(model)}"
         else:
             name = f"{engine.name}-{environments.lock_sha256(engine.environment)[:8]}"
         return (self._work / "assets" / model.sha256[:12] / name).absolute()

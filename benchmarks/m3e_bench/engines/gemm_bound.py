@@ -21,7 +21,7 @@ class Engine:
 
     PACKAGES = ("onnxruntime", "onnx", "numpy")
 
-    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str) -> None:
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str, brief: bool = False) -> None:
         from m3e.bundle import Bundle
 
         bundle = Bundle(folder / "bundle")

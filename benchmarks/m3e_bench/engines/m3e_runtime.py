@@ -18,13 +18,18 @@ class Engine:
     PACKAGES = ("onnxruntime", "tokenizers", "numpy")
 
     @staticmethod
-    def prepare(checkpoint: Path, folder: Path, calibration: list[str], precision: str) -> None:
-        """Convert; the precisions share a bundle."""
+    def prepare(checkpoint: Path, folder: Path, calibration: list[str], precision: str, brief: bool = False) -> None:
+        """Convert; the precisions share a bundle. ``brief`` calibrates on these few texts instead of the corpus."""
         from m3e_export.pipeline import convert
 
-        convert(str(checkpoint), folder / "bundle", precisions=("fp32", "int8"), force=True, accept_accuracy=True)
+        texts = folder / "calibration.txt"
+        texts.write_text("\n".join(calibration), encoding="utf-8")
+        convert(
+            str(checkpoint), folder / "bundle", precisions=("fp32", "int8"), force=True, accept_accuracy=True,
+            calibration=texts if brief else None,
+        )  # fmt: skip
 
-    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str) -> None:
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str, brief: bool = False) -> None:
         from m3e import Encoder, TruncationWarning
 
         warnings.simplefilter("ignore", TruncationWarning)  # the peers cut in silence

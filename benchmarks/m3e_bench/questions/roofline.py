@@ -17,7 +17,7 @@ from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
 
 # Rows of one product: what keeps activations in cache differs from one processor to the next.
-_BATCH_TOKENS = (256, 512, 1024, 2048)
+_BATCH_TOKENS = (512, 1024)
 
 
 def ask(run: Run, model: Model) -> None:
@@ -40,7 +40,7 @@ def _best_batch(run: Run, model: Model, bound: Engine) -> dict[str, int] | None:
 
         def search(opened: OpenEngine) -> list[Series]:
             for rows, workers in itertools.product(_BATCH_TOKENS, sorted({1, run.threads})):
-                request = {"tokens": 4096, "batch_tokens": rows, "workers": workers}
+                request = {"tokens": 2048, "batch_tokens": rows, "workers": workers}
                 answers = [opened.process.request("call", method="run", **request) for _ in range(2)]
                 found[rows, workers] = max(answer["tokens"] / answer["seconds"] for answer in answers)
             return []

@@ -80,3 +80,27 @@ class M3EEmbeddingFunction(EmbeddingFunction[Documents]):
 
 
 registry.register_embedding_function(M3EEmbeddingFunction)
+
+
+def open_collection(client: Any, name: str, bundle: str) -> Any:
+    """Make a collection for a bundle's vectors, or check one that is there.
+
+    Chroma itself compares no more than the functions' names and the vectors' length when a collection is opened with
+    another function.
+
+    Args:
+        client: Any Chroma client.
+        name: The collection.
+        bundle: Folder written by ``convert.py``.
+
+    Returns:
+        Chroma's collection.
+
+    Raises:
+        InputError: The collection holds vectors of another space, or does not say.
+    """
+    function = M3EEmbeddingFunction(bundle)
+    own = space_metadata(function._encoder)
+    collection = client.get_or_create_collection(name, embedding_function=function, metadata=own)
+    check_space(collection.metadata, function._encoder, f"the collection {name!r}")
+    return collection

@@ -29,7 +29,7 @@ class Model:
         name: What clients call it.
         folder: The bundle.
         settings: Of the service.
-        threads: Batches that run at once.
+        threads: For inference.
         awaiter: Where finished jobs go.
         observe_batch: Called after each batch with its texts, tokens and seconds.
         worker_command: See `m3e.server.worker.Worker`.
