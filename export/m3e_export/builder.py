@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ class GraphBuilder:
     """Collects nodes and initializers; values are named after the node that makes them.
 
     Args:
-        inputs: Names of the graph's inputs, all int64 (batch, seq_len).
+        inputs: The graph's inputs by name: element type and shape.
     """
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    def __init__(self, inputs: Mapping[str, tuple[int, list[int | str]]]) -> None:
         self._inputs = inputs
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -64,10 +64,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes,
             "m3e",
-            [
-                helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "seq_len"])
-                for name in self._inputs
-            ],
+            [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in self._inputs.items()],
             [
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()
@@ -76,7 +73,8 @@ class GraphBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+            opset_imports=[helper.make_opsetid("", OPSET)]
+            + [helper.make_opsetid(CONTRIB, 1)] * any(node.domain == CONTRIB for node in self._nodes),
             ir_version=IR_VERSION,
             producer_name="m3e-runtime",
         )

@@ -76,7 +76,8 @@ def build_graph(
     """
     config = checkpoint.config
     weights = weights or Weights(checkpoint)
-    builder = GraphBuilder(["input_ids", "attention_mask"])
+    rectangle: tuple[int, list[int | str]] = (onnx.TensorProto.INT64, ["batch", "seq_len"])
+    builder = GraphBuilder({"input_ids": rectangle, "attention_mask": rectangle})
     packing, ids, positions = _pack(builder)
     hidden = _embeddings(builder, checkpoint, weights, ids, positions)
     for i in range(config.num_hidden_layers):
