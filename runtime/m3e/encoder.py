@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m3e.backends import AnySession, Engines, choose_graph, open_session
 from m3e.bundle import Bundle
 from m3e.canary import check_canary
 from m3e.cpu import available_threads
 from m3e.errors import InputError
-from m3e.manifest import Graph, decode_array
-from m3e.plan import attention_length, plan_batches
+from m3e.feeds import pad
+from m3e.manifest import decode_array
+from m3e.overlap import ahead
 from m3e.progress import progress_bar
-from m3e.session import Session, pad
+from m3e.providers import resolve_device
+from m3e.tensorrt_session import EngineBuild
 from m3e.tokenizer import TokenIds, Tokenizer, check_texts
 from m3e.vectors import EmbeddingPrecision, Float32Array, normalize, quantize_embeddings, similarity
-
-# Bounds the memory of a batch; half as many tokens were no faster.
-_MAX_BATCH_TOKENS = 1024
 
 
 class TruncationWarning(UserWarning):
@@ -41,8 +41,15 @@ class Encoder:
     Args:
         bundle: Folder written by ``convert.py``.
         precision: Which graph: ``fp32``, or ``auto`` for the fastest that the bundle has for this device.
-        device: ``cpu``.
-        num_threads: Threads of one batch; None for what affinity and the container's quota allow.
+        device: ``cpu``, ``cuda``, ``tensorrt``, or ``auto``: CUDA where it can be used, otherwise the CPU. Where
+            TensorRT's engines must be built first, CUDA serves meanwhile; see `engine_build`.
+        num_threads: Threads of one batch on the CPU; None for what affinity and the container's quota allow.
+        device_id: Which card, for ``cuda`` and ``tensorrt``.
+        engine_cache: Folder for TensorRT's engines; None for one of the user's own.
+
+    Attributes:
+        engine_build: The engines that are being built, or None: its ``state`` says how far they are, its ``wait()``
+            waits for them.
 
     Raises:
         BundleError: The bundle is missing, damaged or lacks the precision.
@@ -58,20 +65,28 @@ class Encoder:
         precision: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        device_id: int = 0,
+        engine_cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        if device != "cpu":
-            raise InputError(f"device is {device!r}, expected 'cpu'")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
-        self._arguments = {"precision": precision, "device": device, "num_threads": num_threads}
+        self._arguments = {
+            "precision": precision, "device": device, "num_threads": num_threads,
+            "device_id": device_id, "engine_cache": engine_cache,
+        }  # fmt: skip
+        self._device, self._device_id = resolve_device(device), device_id
         self._folder = Path(bundle)
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
-        self._graph = _choose(opened, precision, device)
+        self._graph = choose_graph(opened, precision, self._device)
         self.num_threads = num_threads or available_threads()
         self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
         self._opening = threading.Lock()
-        self._open(opened)
+        self.engine_build: EngineBuild | None = None
+        if self._device == "tensorrt":
+            self._open_engines(opened, None if engine_cache is None else Path(engine_cache))
+        else:
+            self._open(opened)
         check_canary(self.manifest, self._graph, self._tokenizer, self._session)
 
     def encode(
@@ -117,13 +132,11 @@ class Encoder:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         single = isinstance(sentences, str)
         texts = check_texts([sentences] if isinstance(sentences, str) else sentences)
-        tokens = self._tokenizer(self._with_prompt(texts, prompt_name, prompt))
-        self._warn_of_truncation(tokens)
+        session = self._session_here()
         embeddings = np.empty((len(texts), self.manifest.model.embedding_dim), dtype=np.float32)
         with progress_bar(len(texts), "text", show_progress_bar) as progress:
-            for rows in plan_batches(tokens.n_tokens, _MAX_BATCH_TOKENS, batch_size):
-                width = int(attention_length(tokens.n_tokens[rows]).max())
-                embeddings[rows] = self._session_here().run([tokens.input_ids[row] for row in rows], width)
+            for rows, vectors in self._run(session, self._with_prompt(texts, prompt_name, prompt), batch_size):
+                embeddings[rows] = vectors
                 progress.update(len(rows))
         finished = self._finish(embeddings, precision, normalize_embeddings, truncate_dim)
         return finished[0] if single else finished
@@ -184,6 +197,11 @@ class Encoder:
         self._tokenizer.max_seq_length = value
 
     @property
+    def device(self) -> str:
+        """What runs the batches now: ``cpu``, ``cuda`` or ``tensorrt``."""
+        return self._session.device
+
+    @property
     def precision(self) -> str:
         """The precision of the graph that runs."""
         return self._graph.precision
@@ -197,11 +215,55 @@ class Encoder:
         """Length of a vector."""
         return self.manifest.model.embedding_dim
 
+    def _run(
+        self, session: AnySession, texts: list[str], batch_size: int | None
+    ) -> Iterator[tuple[npt.NDArray[np.intp], Float32Array]]:
+        """Give the vectors batch by batch, each with its rows; on a GPU the next texts are tokenised meanwhile."""
+        cut = _Cut(self.max_seq_length)
+
+        def batches(texts: list[str], window: int) -> Iterator[tuple[npt.NDArray[np.intp], list[list[int]]]]:
+            windows = [texts[start : start + window] for start in range(0, len(texts), window)]
+            start = 0
+            for tokens in ahead(self._tokenizer, windows) if len(windows) > 1 else map(self._tokenizer, windows):
+                cut.add(tokens)
+                for rows in session.plan(tokens.n_tokens, batch_size):
+                    yield rows + start, [tokens.input_ids[row] for row in rows]
+                start += len(tokens.n_tokens)
+
+        def run(batch: tuple[npt.NDArray[np.intp], list[list[int]]]) -> tuple[npt.NDArray[np.intp], Float32Array]:
+            return batch[0], session.run(batch[1])
+
+        planned = batches(texts, session.window or max(1, len(texts)))
+        yield from ahead(run, planned, session.threads) if session.threads > 1 and len(texts) > 1 else map(run, planned)
+        cut.warn()
+
     def _open(self, bundle: Bundle) -> None:
-        self._session = Session(bundle.read(self._graph.file), num_threads=self.num_threads)
+        self._session = open_session(
+            bundle, self._graph, device=self._device, device_id=self._device_id, num_threads=self.num_threads
+        )
         self._process = os.getpid()
 
-    def _session_here(self) -> Session:
+    def _open_engines(self, bundle: Bundle, cache: Path | None) -> None:
+        """Open TensorRT's engines, or serve with CUDA while they are built."""
+        target = self._graph
+        engines = Engines(bundle, target, device_id=self._device_id, cache=cache)
+        found = engines.find()
+        self._process = os.getpid()
+        if found is not None:
+            self._session = found
+            return
+        self._graph, self._device = choose_graph(bundle, "auto", "cuda"), "cuda"
+        self._open(bundle)
+
+        def swap(session: AnySession) -> None:
+            # Calls that are under way keep the session that they began with.
+            self._session, self._graph, self._device = session, target, "tensorrt"
+
+        self.engine_build = EngineBuild(
+            engines.build, lambda session: check_canary(self.manifest, target, self._tokenizer, session), swap
+        )
+
+    def _session_here(self) -> AnySession:
         """The session, reopened if this is a forked child: onnxruntime's threads do not survive a fork."""
         if self._process != os.getpid():
             with self._opening:
@@ -224,16 +286,6 @@ class Encoder:
         if arguments.get("prompt") is None and arguments.get("prompt_name") is None:
             return {**arguments, "prompt_name": next((name for name in names if name in self.prompts), None)}
         return arguments
-
-    def _warn_of_truncation(self, tokens: TokenIds) -> None:
-        cut = np.flatnonzero(tokens.n_tokens_full > tokens.n_tokens)
-        if len(cut):
-            warnings.warn(
-                f"{len(cut)} of {len(tokens.n_tokens)} texts are longer than {self.max_seq_length} tokens and were cut "
-                f"(the first is text {cut[0]} with {tokens.n_tokens_full[cut[0]]} tokens); split them to embed all",
-                TruncationWarning,
-                stacklevel=3,
-            )
 
     def _finish(
         self,
@@ -274,9 +326,28 @@ def _reopen(folder: Path, arguments: dict[str, Any]) -> Encoder:
     return Encoder(folder, **arguments)
 
 
-def _choose(bundle: Bundle, precision: str, device: str) -> Graph:
-    """``auto`` is the first precision of this list that the bundle has for the device."""
-    if precision != "auto":
-        return bundle.graph(precision, device)
-    available = {graph.precision for graph in bundle.manifest.graphs if graph.target == device}
-    return bundle.graph(next((name for name in ("int8", "fp32") if name in available), "fp32"), device)
+class _Cut:
+    """Texts that were too long, counted over windows."""
+
+    def __init__(self, max_seq_length: int) -> None:
+        self._max_seq_length = max_seq_length
+        self._seen = self._count = 0
+        self._first: tuple[int, int] | None = None
+
+    def add(self, tokens: TokenIds) -> None:
+        """Count the next texts."""
+        cut = np.flatnonzero(tokens.n_tokens_full > tokens.n_tokens)
+        if len(cut) and self._first is None:
+            self._first = self._seen + int(cut[0]), int(tokens.n_tokens_full[cut[0]])
+        self._count += len(cut)
+        self._seen += len(tokens.n_tokens)
+
+    def warn(self) -> None:
+        """Warn if there were any."""
+        if self._first is not None:
+            warnings.warn(
+                f"{self._count} of {self._seen} texts are longer than {self._max_seq_length} tokens and were cut "
+                f"(the first is text {self._first[0]} with {self._first[1]} tokens); split them to embed all",
+                TruncationWarning,
+                stacklevel=4,
+            )
