@@ -15,6 +15,7 @@ _EXAMPLES = """\
 examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --precision fp32 int8
+  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --precision fp32 fp16 --target cpu cuda tensorrt
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
 """
@@ -31,8 +32,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     parser.add_argument(
-        "--precision", nargs="+", choices=["fp32", "int8"], default=["fp32"], help="graphs to make (default: fp32)"
-    )
+        "--precision", nargs="+", choices=["fp32", "int8", "fp16"], default=["fp32"],
+        help="graphs to make (default: fp32); fp16 is for cuda and tensorrt, int8 for cpu and tensorrt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", nargs="+", choices=["cpu", "cuda", "tensorrt"], default=["cpu"],
+        help="what they are to run on (default: cpu, whose fp32 graph runs with CUDA too)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
     )
@@ -50,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--accept-accuracy",
         action="store_true",
-        help="publish an int8 graph that loses more than allowed, and record that",
+        help="publish an int8 or fp16 graph that loses more than allowed, and record that",
     )
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
     parser.set_defaults(run=_run)
@@ -70,6 +76,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.checkpoint,
         parsed.output,
         precisions=parsed.precision,
+        targets=parsed.target,
         max_seq_length=parsed.max_seq_length,
         normalize=parsed.normalize,
         with_token_embeddings=parsed.with_token_embeddings,

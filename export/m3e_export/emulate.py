@@ -13,8 +13,24 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from m3e.cpu import available_threads
+from m3e.feeds import pack, rectangle
+from m3e.session import Session
 from m3e_export.builder import CONTRIB, GraphBuilder
 from m3e_export.fp16 import FLOAT
+
+
+def emulated_session(data: bytes, target: str) -> Session:
+    """Open a graph for cuda or tensorrt on the CPU.
+
+    Args:
+        data: The ONNX file's bytes.
+        target: ``cuda`` or ``tensorrt``.
+    """
+    if target == "tensorrt":  # standard operators already
+        return Session(data, num_threads=available_threads(), feed=lambda input_ids, _: rectangle(input_ids))
+    rewritten = emulate(onnx.load_from_string(data)).SerializeToString()
+    return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: pack(input_ids))
 
 
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:

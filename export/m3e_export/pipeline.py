@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import tokenizers
@@ -29,23 +30,44 @@ from m3e.manifest import (
     Source,
     encode_array,
 )
+from m3e.plan import plan_sorted
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.emulate import emulated_session
+from m3e_export.fp16 import choose_fp32_sites
 from m3e_export.graph import build_graph
+from m3e_export.graph_cuda import build_cuda_graph
+from m3e_export.graph_tensorrt import build_tensorrt_graph, build_watched
 from m3e_export.int8 import Int8Weights
 from m3e_export.publish import check_target, staged
-from m3e_export.quantize import quantize
+from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.sources import fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
-PRECISIONS = ("fp32", "int8")
-_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
-# Another processor adds the same products in another order; far below this, far above that.
-_CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 2e-3}
+PRECISIONS = ("fp32", "int8", "fp16")
+TARGETS = ("cpu", "cuda", "tensorrt")
+# The graphs there are, by precision and target. The FP32 graph of the CPU runs on CUDA too.
+FILES = {
+    ("fp32", "cpu"): "onnx/model.onnx",
+    ("int8", "cpu"): "onnx/model_int8.onnx",
+    ("fp16", "cuda"): "onnx/model_fp16.onnx",
+    ("fp16", "tensorrt"): "onnx/model_fp16_plain.onnx",
+    ("int8", "tensorrt"): "onnx/model_int8_plain.onnx",
+}
+# Another processor adds the same products in another order; far below this, far above that. On a GPU every store is
+# rounded to FP16, and a sum that falls on the other side of a rounding moves an INT8 level.
+_CANARY_TOLERANCE = {
+    ("fp32", "cpu"): 1e-5, ("int8", "cpu"): 2e-3,
+    ("fp16", "cuda"): 2e-3, ("fp16", "tensorrt"): 2e-3, ("int8", "tensorrt"): 1e-2,
+}  # fmt: skip
+# Tokens that are run to find what FP16 cannot hold; the extremes come from the model's own outlier channels, in
+# every text.
+_FP16_TOKENS = 4000
+_EMULATED_BATCH_TOKENS = 2048
 # Files for the other tools that read this layout; copied as they are.
 _COPIED = (
     "config.json",
@@ -61,6 +83,7 @@ def convert(
     target: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = ("cpu",),
     max_seq_length: int | None = None,
     normalize: bool | None = None,
     with_token_embeddings: bool = False,
@@ -76,6 +99,7 @@ def convert(
         checkpoint: A folder or a hub id.
         target: Where the bundle will be; it appears there whole or not at all.
         precisions: Of ``PRECISIONS``.
+        targets: Of ``TARGETS``; each pair of the two that is in ``FILES`` is built.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
@@ -92,30 +116,70 @@ def convert(
         ExportError: The checkpoint, the target or the result is not as it must be; nothing was published.
         DependencyError: A package is missing.
     """
+    pairs = check_pairs(precisions, targets)
     check_target(target, force)
     report(f"reading {checkpoint}")
     loaded = load_checkpoint(fetch_checkpoint(checkpoint, revision), max_seq_length=max_seq_length, normalize=normalize)
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     # An int8 graph has a quarter of the bytes, or more where layers stay FP32.
-    share = {"fp32": 1.1, "int8": 0.6}
-    needed_bytes = int(sum(share[precision] for precision in precisions) * weights_bytes) + (8 << 20)
+    share = {"fp32": 1.1, "int8": 0.6, "fp16": 0.7}
+    needed_bytes = int(sum(share[precision] for precision, _ in pairs) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
         _write_layout(loaded, folder)
+        int8_sites: dict[str, Int8Site] = {}
+        texts = None if calibration is None else _read_texts(calibration)
+        if "int8" in precisions:
+            int8_sites = quantize(loaded, texts, report=report)
+        fp32_sites = _fp32_sites(loaded, texts, report) if {"cuda", "tensorrt"} & set(targets) else ()
         graphs = []
-        for precision in dict.fromkeys(precisions):
-            sites = {}
-            if precision == "int8":
-                texts = None if calibration is None else _read_texts(calibration)
-                sites = quantize(loaded, texts, report=report)
-            report(f"building the {precision} graph")
-            graphs.append(_write_graph(loaded, folder, precision, sites, with_token_embeddings))
+        for pair in pairs:
+            report(f"building the {pair[0]} graph for {pair[1]}")
+            sites = int8_sites if pair[0] == "int8" else {}
+            graphs.append(_write_graph(loaded, folder, pair, sites, fp32_sites, with_token_embeddings))
         manifest = _describe(loaded, folder, graphs)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
         manifest = _certify(manifest, loaded, folder, accept_accuracy, report)
         _write(folder / MANIFEST_NAME, manifest.to_bytes())
-        Encoder(folder)  # the last look is the user's first
+        if "cpu" in targets:
+            Encoder(folder)  # the last look is the user's first
         report(f"publishing {target}")
     return manifest
+
+
+def check_pairs(precisions: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair precisions with targets.
+
+    Returns:
+        The pairs that there are graphs for, in the order in which they were asked for.
+
+    Raises:
+        ExportError: A precision or a target that is left without a graph.
+    """
+    pairs = [
+        (precision, target)
+        for target in dict.fromkeys(targets)
+        for precision in dict.fromkeys(precisions)
+        if (precision, target) in FILES
+    ]
+    known = ", ".join(f"{precision} for {target}" for precision, target in FILES)
+    for kind, asked, place in (("precision", precisions, 0), ("target", targets, 1)):
+        for name in asked:
+            if name not in {pair[place] for pair in pairs}:
+                raise ExportError(f"{kind} {name} is left without a graph; there are {known}")
+    return pairs
+
+
+def _fp32_sites(
+    checkpoint: Checkpoint, texts: Sequence[str] | None, report: Callable[[str], None]
+) -> tuple[str, ...]:
+    """Find what FP16 cannot hold."""
+    input_ids = calibration_ids(checkpoint, texts)
+    counts = np.cumsum([len(ids) for ids in input_ids])
+    report("looking for values beyond FP16")
+    outside = choose_fp32_sites(checkpoint, input_ids[: int(np.searchsorted(counts, _FP16_TOKENS)) + 1], build_watched)
+    for site, value in outside.items():
+        report(f"{site} stays FP32: its values reach {value:.3g}")
+    return tuple(outside)
 
 
 def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
@@ -139,33 +203,47 @@ def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_graph(
-    checkpoint: Checkpoint, folder: Path, precision: str, sites: Mapping[str, Int8Site], with_token_embeddings: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    pair: tuple[str, str],
+    int8_sites: Mapping[str, Int8Site],
+    fp32_sites: Sequence[str],
+    with_token_embeddings: bool,
 ) -> Graph:
-    weights = Int8Weights(checkpoint, sites) if precision == "int8" else None
-    model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
+    precision, target = pair
+    if target == "cuda":
+        model = build_cuda_graph(checkpoint, fp32_sites)
+    elif target == "tensorrt":
+        model = build_tensorrt_graph(checkpoint, fp32_sites, int8_sites or None)
+    else:
+        weights = Int8Weights(checkpoint, int8_sites) if precision == "int8" else None
+        model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
     data = model.SerializeToString(deterministic=True)
-    file = _FILES[precision]
+    file = FILES[pair]
     _write(folder / file, data)
-    session = Session(data, num_threads=1)
+    session = emulated_session(data, target) if target != "cpu" else Session(data, num_threads=1)
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
     golden = np.concatenate([session.run([ids]) for ids in tokens.input_ids])
     return Graph(
         file=file,
         precision=precision,
-        target="cpu",
+        target=target,
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
         ops=_op_types(model),
         outputs=tuple(output.name for output in model.graph.output),
-        batch_invariant=True,
-        cpu_features=("vnni",) if precision == "int8" else (),
+        # A GPU's library chooses its kernels by the size of the batch.
+        batch_invariant=target == "cpu",
+        cpu_features=("vnni",) if pair == ("int8", "cpu") else (),
         int8_sites={
             name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
-            for name, site in sites.items()
+            for name, site in int8_sites.items()
+            if target == "cpu" or name not in fp32_sites
         },
+        fp32_sites=tuple(fp32_sites) if target != "cpu" else (),
         certificate=None,
         golden_embeddings=encode_array(golden),
-        canary_tolerance=_CANARY_TOLERANCE[precision],
+        canary_tolerance=_CANARY_TOLERANCE[pair],
     )
 
 
@@ -213,20 +291,40 @@ def _certify(
     graphs = []
     ranges: tuple[str, str] | None = None
     for graph in manifest.graphs:
-        encoder = Encoder(folder, precision=graph.precision)
-        report(f"certifying {graph.precision}")
-        graphs.append(
-            dataclasses.replace(graph, certificate=certify(encoder, checkpoint, accept_accuracy=accept_accuracy))
-        )
+        report(f"certifying {graph.precision} for {graph.target}")
+        encode = _encode_function(folder, graph, checkpoint)
+        certificate = certify(encode, graph.precision, checkpoint, accept_accuracy=accept_accuracy)
+        graphs.append(dataclasses.replace(graph, certificate=certificate))
         if ranges is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TruncationWarning)  # a short max_seq_length is meant
-                vectors = encoder.encode(range_texts())
+                vectors = encode(range_texts())
             ranges = _ranges(vectors), _ranges(unit_rows(vectors))
     assert ranges is not None
     return dataclasses.replace(
         manifest, graphs=tuple(graphs), embedding_ranges=ranges[0], unit_embedding_ranges=ranges[1]
     )
+
+
+def _encode_function(
+    folder: Path, graph: Graph, checkpoint: Checkpoint
+) -> Callable[[Sequence[str]], npt.NDArray[np.float32]]:
+    """Embed texts as a user will: through the runtime, or a GPU's graph through its emulation."""
+    if graph.target == "cpu":
+        encoder = Encoder(folder, precision=graph.precision)
+        # As the reference: without the model's default prompt.
+        return lambda texts: encoder.encode(texts, prompt="")
+    session = emulated_session((folder / graph.file).read_bytes(), graph.target)
+    tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
+
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        tokens = tokenizer(texts)
+        vectors = np.empty((len(texts), checkpoint.config.hidden_size), dtype=np.float32)
+        for rows in plan_sorted(tokens.n_tokens, _EMULATED_BATCH_TOKENS):
+            vectors[rows] = session.run([tokens.input_ids[row] for row in rows])
+        return vectors
+
+    return encode
 
 
 def _ranges(embeddings: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:

@@ -58,7 +58,7 @@ class Certificate:
     """How far a graph, run through the runtime, is from its reference on the certificate's texts.
 
     Differences are between unit vectors; the norm's difference is relative to the reference's norm. ``tolerance``
-    bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of an int8 one; ``accepted`` is true where a user
+    bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of the others; ``accepted`` is true where a user
     took a worse graph with ``--accept-accuracy``.
     """
 
@@ -88,7 +88,8 @@ class Graph:
 
     ``golden_embeddings`` is base64 of little-endian float32 (golden texts, embedding_dim);
     ``canary_tolerance`` bounds the largest difference between unit vectors when they are computed again.
-    ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32.
+    ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32, or FP16 in a graph
+    for a GPU. ``fp32_sites`` are the parts of such a graph that stay FP32, because FP16 cannot hold their values.
     ``certificate`` is None only while the exporter is at work.
     """
 
@@ -102,6 +103,7 @@ class Graph:
     batch_invariant: bool
     cpu_features: tuple[str, ...]
     int8_sites: dict[str, Int8Site]
+    fp32_sites: tuple[str, ...]
     certificate: Certificate | None
     golden_embeddings: str
     canary_tolerance: float
