@@ -69,8 +69,10 @@ def choose_graph(bundle: Bundle, precision: str, device: str) -> Graph:
     for pair in wanted:
         if pair in graphs:
             return graphs[pair]
-    best, target = wanted[0] if wanted else _PREFERRED[device][0]
-    return bundle.graph(best if precision == "auto" else precision, target)
+    if precision != "auto":
+        return bundle.graph(precision, device)
+    fastest = _PREFERRED[device][0] if device != "cpu" else ("fp32", "cpu")
+    return bundle.graph(*fastest)
 
 
 def open_session(bundle: Bundle, graph: Graph, *, device: str, device_id: int, num_threads: int) -> AnySession:

@@ -55,7 +55,7 @@ class Bundle:
         available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
         raise BundleError(
             f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
-            f"convert again with '--precision {precision}'"
+            f"convert again with '--precision {precision} --target {target}'"
         )
 
     def read(self, name: str) -> bytes:

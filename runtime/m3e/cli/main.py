@@ -9,10 +9,10 @@ from importlib import metadata
 from typing import Any
 
 from m3e import __version__
-from m3e.cli import encode, info, verify
+from m3e.cli import encode, engine, info, verify
 from m3e.cli.guard import run_guarded
 
-_BUILT_IN: dict[str, Any] = {"encode": encode, "info": info, "verify": verify}
+_BUILT_IN: dict[str, Any] = {"encode": encode, "engine": engine, "info": info, "verify": verify}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
