@@ -112,7 +112,9 @@ class StandInSession:
             bounds = {}
             for end in ("min", "max"):
                 text = self.options[f"trt_profile_{end}_shapes"]
-                bounds[end] = {name: tuple(map(int, dims.split("x"))) for name, dims in re.findall(r"(\w+):([\dx]+)", text)}
+                bounds[end] = {
+                    name: tuple(map(int, dims.split("x"))) for name, dims in re.findall(r"(\w+):([\dx]+)", text)
+                }
             for name, array in feeds.items():
                 for low, size, high in zip(bounds["min"][name], array.shape, bounds["max"][name], strict=True):
                     assert low <= size <= high, f"{name} {array.shape} is outside of the profile: the engine is rebuilt"

@@ -52,7 +52,7 @@ def test_what_was_built_is_found(tmp_path: Path) -> None:
 def test_everything_that_an_engine_depends_on_is_in_its_key(tmp_path: Path, field: str) -> None:
     other = dataclasses.replace(KEY, **{field: ("2-4x1-512",) if field == "profiles" else "other"})
     cache = EngineCache(tmp_path)
-    os.chmod(tmp_path, 0o700)
+    tmp_path.chmod(0o700)
     put(cache)
     assert cache.find(other) is None
     assert KEY.digest() != other.digest()
@@ -100,9 +100,14 @@ def test_engines_that_are_not_what_was_written_are_never_used(tmp_path: Path, da
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "cache")
-    with pytest.raises(ZeroDivisionError), cache.building(KEY) as folder:
-        (folder / "half").write_bytes(b"half")
-        raise ZeroDivisionError
+
+    def build() -> None:
+        with cache.building(KEY) as folder:
+            (folder / "half").write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build()
     assert list(cache.root.iterdir()) == []
 
 
@@ -118,7 +123,7 @@ def test_the_first_of_two_builders_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
 def test_a_cache_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
     (tmp_path / "cache").mkdir()
-    os.chmod(tmp_path / "cache", mode)
+    (tmp_path / "cache").chmod(mode)
     with pytest.raises(StartError, match=f"open to others \\(mode {mode:o}\\)"):
         EngineCache(tmp_path / "cache")
 
@@ -227,7 +232,7 @@ def test_waiting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
     swapped: list[Any] = []
     build = EngineBuild(lambda: finish.wait(60), lambda session: None, swapped.append)
-    with pytest.raises(StartError, match="not built after 0.01 s"):
+    with pytest.raises(StartError, match=r"not built after 0\.01 s"):
         build.wait(0.01)
     finish.set()
     build.wait(60)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_weights_below_fp16_stay_fp32(checkpoint: Checkpoint, ids: list[list[int
 def test_everything_in_fp32_is_the_fp32_graph(checkpoint: Checkpoint, ids: list[list[int]]) -> None:
     exact = run(build_graph(checkpoint), pad, ids)
     for build, feed in BUILDERS.values():
-        cosine, difference = distance(run(build(checkpoint, sites_of(checkpoint)), feed, ids), exact)
+        _, difference = distance(run(build(checkpoint, sites_of(checkpoint)), feed, ids), exact)
         assert difference < 1e-6
 
 
@@ -230,7 +231,7 @@ class PackedMultiHeadAttention(OpRun):
 
     def _run(self, q: Array, k: Array, v: Array, _: Any, offset: Array, ends: Array, num_heads: int) -> tuple[Array]:  # type: ignore[override]
         parts = [part.astype(np.float32) for part in (q, k, v)]
-        texts = [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+        texts = [slice(*pair) for pair in itertools.pairwise(ends)]
         out = [attention(*(part[None, text] for part in parts), num_heads)[0] for text in texts]
         return (np.concatenate(out).astype(q.dtype),)
 
@@ -238,7 +239,9 @@ class PackedMultiHeadAttention(OpRun):
 class SkipLayerNormalization(OpRun):
     op_domain = "com.microsoft"
 
-    def _run(self, x: Array, skip: Array, scale: Array, shift: Array, bias: Any = None, epsilon: float = 0) -> tuple[Array]:  # type: ignore[override]
+    def _run(
+        self, x: Array, skip: Array, scale: Array, shift: Array, bias: Any = None, epsilon: float = 0
+    ) -> tuple[Array]:  # type: ignore[override]
         total = x.astype(np.float32) + skip + (0 if bias is None else bias.astype(np.float32))
         centred = total - total.mean(axis=-1, keepdims=True)
         normal = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + epsilon)

@@ -58,10 +58,8 @@ def test_the_list_of_options_is_the_wheels(tmp_path: Path) -> None:
     import sys
     import zipfile
 
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), "onnxruntime-gpu==1.31.1"],
-        check=True,
-    )  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
+    subprocess.run([*pip, "onnxruntime-gpu==1.31.1"], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for provider, library in ((CUDA, "cuda"), (TENSORRT, "tensorrt")):
@@ -147,7 +145,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_DRIVER", "libcuda-that-is-not-there.so.1")
-    with pytest.raises(StartError, match="no NVIDIA driver here.*device='cpu'"):
+    with pytest.raises(StartError, match=r"no NVIDIA driver here.*device='cpu'"):
         gpu.read_card()
 
 
@@ -193,7 +191,7 @@ def test_pinned_memory_is_registered_and_released() -> None:
     assert second.ctypes.data % 256 == first.ctypes.data % 256
     del buffer
     assert [name for name, *_ in calls] == ["register", "unregister"]
-    with pytest.raises(StartError, match="cannot lock 64 bytes.*error 2"):
+    with pytest.raises(StartError, match=r"cannot lock 64 bytes.*error 2"):
         PinnedBuffer(64, types.SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=unregister))
 
 
@@ -299,7 +297,7 @@ def test_a_failure_in_a_batch_is_an_inference_error(
 def test_a_forked_child_is_refused(bundle: Path, standin: list[StandInSession]) -> None:
     encoder = Encoder(bundle, device="cuda")
     encoder._process = -1
-    with pytest.raises(StartError, match="CUDA does not survive a fork.*spawn"):
+    with pytest.raises(StartError, match=r"CUDA does not survive a fork.*spawn"):
         encoder.encode("a")
 
 

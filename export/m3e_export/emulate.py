@@ -131,7 +131,9 @@ def _packed_attention(
     seq_len = b.op("Gather", b.op("Shape", token_offset), b.const("one", 1, np.int64))
     places = b.op("Range", b.const("zero", 0, np.int64), seq_len, b.const("one", 1, np.int64))
     mask = b.op("Less", b.op("Cast", places, to=FLOAT), b.op("Unsqueeze", lengths, b.int64(1)))
-    masked = b.op("Where", b.op("Unsqueeze", mask, b.int64(1, 2)), scores, b.const("minus_infinity", -np.inf, np.float32))
+    masked = b.op(
+        "Where", b.op("Unsqueeze", mask, b.int64(1, 2)), scores, b.const("minus_infinity", -np.inf, np.float32)
+    )
     context = b.op("Transpose", b.op("MatMul", b.op("Softmax", masked, axis=-1), heads[2]), perm=[0, 2, 1, 3])
     flat = b.op("Reshape", context, b.op("Concat", b.int64(-1), size, axis=0))
     return b.op("Gather", flat, _places(b, query, token_offset))

@@ -169,9 +169,7 @@ def check_pairs(precisions: Sequence[str], targets: Sequence[str]) -> list[tuple
     return pairs
 
 
-def _fp32_sites(
-    checkpoint: Checkpoint, texts: Sequence[str] | None, report: Callable[[str], None]
-) -> tuple[str, ...]:
+def _fp32_sites(checkpoint: Checkpoint, texts: Sequence[str] | None, report: Callable[[str], None]) -> tuple[str, ...]:
     """Find what FP16 cannot hold."""
     input_ids = calibration_ids(checkpoint, texts)
     counts = np.cumsum([len(ids) for ids in input_ids])

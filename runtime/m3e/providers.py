@@ -181,6 +181,7 @@ def resolve_device(device: str) -> str:
     except StartError as error:
         reason = str(error)
     if reason is not None:
-        warnings.warn(f"device='auto' takes the CPU, because CUDA cannot be used: {reason}", RuntimeWarning, stacklevel=3)
+        message = f"device='auto' takes the CPU, because CUDA cannot be used: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
         return "cpu"
     return "cuda"

@@ -189,9 +189,7 @@ class EngineBuild:
         error: Why it failed.
     """
 
-    def __init__(
-        self, build: Callable[[], Any], check: Callable[[Any], object], swap: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, build: Callable[[], Any], check: Callable[[Any], object], swap: Callable[[Any], None]) -> None:
         self.state = "building"
         self.error: Exception | None = None
         self._work = build, check, swap
