@@ -12,7 +12,7 @@ import numpy.typing as npt
 from m3e.bundle import Bundle
 from m3e.cuda_session import CudaSession
 from m3e.engine_cache import EngineCache, EngineKey
-from m3e.errors import BundleError
+from m3e.errors import BundleError, StartError
 from m3e.feeds import pack, pad
 from m3e.gpu import Card, read_card
 from m3e.manifest import Graph
@@ -121,9 +121,13 @@ class Engines:
         return None if folder is None else self._open(folder, lambda line: None)
 
     def build(self, progress: Callable[[str], None] = lambda line: None) -> TensorrtSession:
-        """Build the engines, which takes minutes, and keep them for the next time."""
+        """Build the engines, which takes minutes, and open them from where the next process will find them."""
         with self._cache.building(self.key) as folder:
-            return self._open(folder, progress)
+            self._open(folder, progress)
+        session = self.find()
+        if session is None:
+            raise StartError("the engines are gone right after they were built; does something clean their folder?")
+        return session
 
     def _open(self, folder: Path, progress: Callable[[str], None]) -> TensorrtSession:
         return TensorrtSession(

@@ -155,7 +155,7 @@ def tensorrt_version() -> str:
     try:
         number = int(ctypes.CDLL(_TENSORRT_LIBRARIES[0]).getInferLibVersion())
     except OSError as error:
-        raise StartError(f"TensorRT cannot be loaded: {error}; pip install \"m3e-runtime[tensorrt]\"") from error  # fmt: skip
+        raise StartError(f"TensorRT cannot be loaded: {error}; {_WHERE[TENSORRT]}") from error
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
