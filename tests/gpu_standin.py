@@ -71,6 +71,12 @@ class Binding:
     def bind_output(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:
         self.output = at_address(dtype, shape, address)
 
+    def synchronize_inputs(self) -> None:
+        pass
+
+    def synchronize_outputs(self) -> None:
+        pass
+
     def bind_ortvalue_input(self, name: str, value: OrtValue) -> None:
         self.inputs[name] = value.array
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, gpu, providers
+from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, backends, gpu, providers
+from m3e import encoder as encoder_module
 from m3e.cuda_session import BUCKETS, CudaSession, batch_tokens
 from m3e.feeds import pack, rectangle
 from m3e.gpu import PinnedBuffer
 from m3e.manifest import Model
 from m3e.overlap import ahead
 from m3e.plan import plan_sorted
-from m3e.providers import CUDA, TENSORRT, cuda_options, open_on_gpu, resolve_device, tensorrt_options
+from m3e.providers import CUDA, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
 from m3e_export.pipeline import convert
 from tests.gpu_standin import StandInSession, standin
 
@@ -112,10 +113,12 @@ def test_a_provider_that_misses_a_library_is_an_error_that_names_it(
 ) -> None:
     library(tmp_path / "capi" / "libonnxruntime_providers_shared.so")
     library(tmp_path / "capi" / f"libonnxruntime_providers_{name}.so", needs)
-    fake = fake_onnxruntime(tmp_path, [provider])
-    monkeypatch.setattr(providers, "import_onnxruntime", lambda: fake)
-    with pytest.raises(StartError, match=f"{provider} cannot be loaded: {needs}.*; install .*another device"):
-        open_on_gpu(b"", provider, [(provider, {})])
+    # onnxruntime goes on without the provider, or finds no kernel for the graph then.
+    for error in (None, RuntimeError("Kernel not found")):
+        fake = fake_onnxruntime(tmp_path, ["CPUExecutionProvider"], error)
+        monkeypatch.setattr(providers, "import_onnxruntime", lambda fake=fake: fake)
+        with pytest.raises(StartError, match=f"{provider} cannot be loaded: {needs}.*; install .*another device"):
+            open_on_gpu(b"", provider, [(provider, {})])
 
 
 def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +132,24 @@ def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monk
             open_on_gpu(b"", CUDA, [(CUDA, {})])
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert [resolve_device(name) for name in ("cpu", "cuda", "tensorrt")] == ["cpu", "cuda", "tensorrt"]
+def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
+    bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Encoder(bundle, device="auto").device == "cpu"  # this onnxruntime has no other
+    monkeypatch.setattr(encoder_module, "has_provider", lambda provider: provider == CUDA)
+    assert Encoder(bundle, device="auto").device == "cuda"
+
+    def fail(device_id: int) -> None:
+        raise StartError("there is no NVIDIA driver here")
+
+    monkeypatch.setattr(backends, "read_card", fail)
+    with pytest.warns(RuntimeWarning, match="takes the CPU, not CUDA: there is no NVIDIA driver here"):
+        encoder = Encoder(bundle, device="auto")
+    assert (encoder.device, encoder.precision) == ("cpu", "fp32")
+    with pytest.raises(StartError, match="no NVIDIA driver"):
+        Encoder(bundle, device="cuda")
     with pytest.raises(InputError, match="device is 'tpu', expected one of 'cpu', 'cuda', 'tensorrt', 'auto'"):
-        resolve_device("tpu")
-    assert resolve_device("auto") == "cpu"  # this onnxruntime has no other
-    monkeypatch.setattr(providers, "import_onnxruntime", lambda: fake_onnxruntime(tmp_path, [CUDA]))
-    monkeypatch.setattr(providers, "missing_library", lambda provider: "libcublasLt.so.13: cannot open")
-    monkeypatch.setattr(providers, "read_card", lambda device_id: None)
-    with pytest.warns(RuntimeWarning, match="takes the CPU, because CUDA cannot be used: libcublasLt"):
-        assert resolve_device("auto") == "cpu"
-    monkeypatch.setattr(providers, "missing_library", lambda provider: None)
-    assert resolve_device("auto") == "cuda"
+        Encoder(bundle, device="tpu")
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +193,9 @@ def test_pinned_memory_is_registered_and_released() -> None:
         return 0
 
     buffer = PinnedBuffer(4096, types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister))
-    first, second = buffer.views([((3, 5), np.int32), ((7,), np.float32)])
+    shapes = [((3, 5), np.dtype(np.int32)), ((7,), np.dtype(np.float32))]
+    assert gpu.size_of(shapes) == 512
+    first, second = buffer.views(shapes)
     first[...], second[...] = 1, 2
     assert (first.sum(), second.sum()) == (15, 14)
     assert first.ctypes.data == calls[0][1]

@@ -20,6 +20,7 @@ from m3e.providers import tensorrt_version
 from m3e.session import Float32Array, Session, import_onnxruntime
 from m3e.tensorrt_session import TensorrtSession, max_tokens, profiles
 
+DEVICES = ("cpu", "cuda", "tensorrt", "auto")
 # For each device, the graphs that run there, the fastest first; the FP32 graph of the CPU runs on CUDA as well.
 _PREFERRED = {
     "cpu": (("int8", "cpu"), ("fp32", "cpu")),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from m3e.errors import InferenceError, StartError
 from m3e.feeds import Feeds, pack
-from m3e.gpu import PinnedBuffer
+from m3e.gpu import PinnedBuffer, size_of
 from m3e.manifest import Model
 from m3e.plan import plan_sorted
 from m3e.providers import CUDA, cuda_options, cuda_runtime, open_on_gpu
@@ -106,7 +106,8 @@ class CudaSession:
         self._eager.add_run_config_entry("gpu_graph_id", "-1")
         cudart = cuda_runtime()
         # Four arrays of int32, or two of int64, over at most every cell of the rectangle; and the vectors.
-        size = 16 * self.max_batch_tokens + 4 * self._dim * self.max_batch_tokens // 8 + (1 << 16)
+        self._most_rows = max(1, self.max_batch_tokens // 8)
+        size = 16 * self.max_batch_tokens + 4 * self._dim * self._most_rows + (1 << 16)
         self._buffers: queue.SimpleQueue[PinnedBuffer] = queue.SimpleQueue()
         for _ in range(self.threads + 1):
             self._buffers.put(PinnedBuffer(size, cudart))
@@ -136,7 +137,8 @@ class CudaSession:
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`, sized to the card's memory."""
-        return plan_sorted(n_tokens, self.max_batch_tokens, max_batch_size)
+        most_rows = self._most_rows if max_batch_size is None else min(self._most_rows, max_batch_size)
+        return plan_sorted(n_tokens, self.max_batch_tokens, most_rows)
 
     def run(self, input_ids: list[list[int]]) -> Float32Array:
         """Run one batch.
@@ -162,20 +164,26 @@ class CudaSession:
 
     def _run_eagerly(self, feeds: Feeds, rows: int) -> Float32Array:
         """Copy from and to page-locked memory; as many calls at a time as there are buffers."""
-        with self._buffer() as buffer:
-            shapes = [(array.shape, array.dtype) for array in feeds.values()]
-            *staged, out = buffer.views([*shapes, ((rows, self._dim), np.float32)])
+        shapes = [*((array.shape, array.dtype) for array in feeds.values()), ((rows, self._dim), np.dtype(np.float32))]
+        with self._buffer(size_of(shapes)) as buffer:
+            *staged, out = buffer.views(shapes)
             binding = self._session.io_binding()
             for (name, array), view in zip(feeds.items(), staged, strict=True):
                 view[...] = array
                 binding.bind_input(name, "cpu", 0, view.dtype.type, view.shape, view.ctypes.data)
             binding.bind_output(OUTPUT, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+            binding.synchronize_inputs()
             self._session.run_with_iobinding(binding, self._eager)
+            binding.synchronize_outputs()
             return np.array(out, dtype=np.float32)
 
     @contextlib.contextmanager
-    def _buffer(self) -> Iterator[PinnedBuffer]:
+    def _buffer(self, size_bytes: int) -> Iterator[PinnedBuffer]:
         buffer = self._buffers.get()
+        if size_bytes > buffer.size_bytes:  # a batch that `plan` did not make
+            self._buffers.put(buffer)
+            yield PinnedBuffer(size_bytes, None)
+            return
         try:
             yield buffer
         finally:
@@ -214,6 +222,7 @@ class _Captured:
         for name, array in self._bucket.feeds(input_ids).items():
             self._inputs[name].update_inplace(array)
         self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
         vectors: Float32Array = self._output.numpy()[: len(input_ids)]
         return vectors
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3e.backends import AnySession, Engines, choose_graph, open_session
+from m3e.backends import DEVICES, AnySession, Engines, choose_graph, open_session
 from m3e.bundle import Bundle
 from m3e.canary import check_canary
 from m3e.cpu import available_threads
-from m3e.errors import InputError
+from m3e.errors import BundleError, InputError, StartError
 from m3e.feeds import pad
 from m3e.manifest import decode_array
 from m3e.overlap import ahead
 from m3e.progress import progress_bar
-from m3e.providers import resolve_device
+from m3e.providers import CUDA, has_provider
 from m3e.tensorrt_session import EngineBuild
 from m3e.tokenizer import TokenIds, Tokenizer, check_texts
 from m3e.vectors import EmbeddingPrecision, Float32Array, normalize, quantize_embeddings, similarity
@@ -56,6 +56,9 @@ class Encoder:
         StartError: onnxruntime refuses the graph, or the golden texts come out different.
         DependencyError: onnxruntime is not installed.
         InputError: Another device or number of threads.
+
+    Warns:
+        RuntimeWarning: ``auto`` takes the CPU though this onnxruntime has CUDA; or CUDA graphs cannot be used.
     """
 
     def __init__(
@@ -68,26 +71,33 @@ class Encoder:
         device_id: int = 0,
         engine_cache: str | os.PathLike[str] | None = None,
     ) -> None:
+        if device not in DEVICES:
+            raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
         self._arguments = {
             "precision": precision, "device": device, "num_threads": num_threads,
             "device_id": device_id, "engine_cache": engine_cache,
         }  # fmt: skip
-        self._device, self._device_id = resolve_device(device), device_id
+        self._device_id = device_id
         self._folder = Path(bundle)
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
-        self._graph = choose_graph(opened, precision, self._device)
         self.num_threads = num_threads or available_threads()
         self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
         self._opening = threading.Lock()
         self.engine_build: EngineBuild | None = None
-        if self._device == "tensorrt":
-            self._open_engines(opened, None if engine_cache is None else Path(engine_cache))
-        else:
-            self._open(opened)
-        check_canary(self.manifest, self._graph, self._tokenizer, self._session)
+        cache = None if engine_cache is None else Path(engine_cache)
+        if device != "auto":
+            self._start(opened, precision, device, cache)
+            return
+        if has_provider(CUDA):
+            try:
+                self._start(opened, precision, "cuda", cache)
+                return
+            except (BundleError, StartError) as error:
+                warnings.warn(f"device='auto' takes the CPU, not CUDA: {error}", RuntimeWarning, stacklevel=2)
+        self._start(opened, precision, "cpu", cache)
 
     def encode(
         self,
@@ -236,6 +246,15 @@ class Encoder:
         planned = batches(texts, session.window or max(1, len(texts)))
         yield from ahead(run, planned, session.threads) if session.threads > 1 and len(texts) > 1 else map(run, planned)
         cut.warn()
+
+    def _start(self, bundle: Bundle, precision: str, device: str, cache: Path | None) -> None:
+        """Open a session on a device and check it."""
+        self._device, self._graph = device, choose_graph(bundle, precision, device)
+        if device == "tensorrt":
+            self._open_engines(bundle, cache)
+        else:
+            self._open(bundle)
+        check_canary(self.manifest, self._graph, self._tokenizer, self._session)
 
     def _open(self, bundle: Bundle) -> None:
         self._session = open_session(

@@ -77,6 +77,11 @@ def read_card(device_id: int = 0) -> Card:
     )
 
 
+def size_of(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> int:
+    """What arrays of these shapes and types take of a buffer, each from an aligned address: bytes."""
+    return sum(-(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape, dtype in arrays)
+
+
 class PinnedBuffer:
     """Host memory of a fixed size, page-locked if the CUDA runtime is given: copies to the card then need no detour.
 
@@ -86,19 +91,20 @@ class PinnedBuffer:
     """
 
     def __init__(self, size_bytes: int, cudart: Any | None) -> None:
+        self.size_bytes = size_bytes
         self._memory = np.zeros(size_bytes, dtype=np.uint8)
         self._cudart = cudart
         self._address = ctypes.c_void_p(self._memory.ctypes.data)
         if cudart is not None and (code := cudart.cudaHostRegister(self._address, ctypes.c_size_t(size_bytes), 0)):
             raise StartError(f"the CUDA runtime cannot lock {size_bytes} bytes of host memory: error {code}")
 
-    def views(self, arrays: Sequence[tuple[tuple[int, ...], npt.DTypeLike]]) -> list[npt.NDArray[Any]]:
+    def views(self, arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> list[npt.NDArray[Any]]:
         """Lay arrays of these shapes and types out in the buffer; they are valid until the next call."""
         views, start = [], 0
         for shape, dtype in arrays:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = int(np.prod(shape)) * dtype.itemsize
             views.append(self._memory[start : start + size].view(dtype).reshape(shape))
-            start += -(-size // _ALIGNMENT) * _ALIGNMENT
+            start += size_of([(shape, dtype)])
         return views
 
     def __del__(self) -> None:

@@ -9,15 +9,12 @@ import contextlib
 import ctypes
 import importlib.util
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
-from m3e.errors import DependencyError, InputError, StartError
-from m3e.gpu import read_card
+from m3e.errors import DependencyError, StartError
 from m3e.session import import_onnxruntime
 
-DEVICES = ("cpu", "cuda", "tensorrt", "auto")
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
 _EXTRAS = {CUDA: "gpu", TENSORRT: "tensorrt"}
@@ -88,14 +85,12 @@ def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, 
         StartError: The provider did not load, or refuses the graph; the message names what is missing.
     """
     onnxruntime = import_onnxruntime()
-    if provider not in onnxruntime.get_available_providers():
+    if not has_provider(provider):
         raise DependencyError(
             f"this onnxruntime {onnxruntime.__version__} has no {provider}; in place of onnxruntime install "
             f'pip install "m3e-runtime[{_EXTRAS[provider]}]" (the two cannot be installed together)'
         )
     preload(provider)
-    if (missing := missing_library(provider)) is not None:
-        raise StartError(f"{provider} cannot be loaded: {missing}")
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1  # the few operators on shapes need no more
@@ -104,8 +99,12 @@ def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, 
         # Without its own fall-back, which would open the graph on the CPU and print.
         session = onnxruntime.InferenceSession(model, settings, providers=options, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
+        if (missing := missing_library(provider)) is not None:
+            raise StartError(f"{provider} cannot be loaded: {missing}") from error
         raise StartError(f"onnxruntime {onnxruntime.__version__} cannot open the graph: {error}") from error
     if session.get_providers()[0] != provider:
+        if (missing := missing_library(provider)) is not None:
+            raise StartError(f"{provider} cannot be loaded: {missing}")
         raise StartError(
             f"{provider} did not start, though its libraries are all there; look whether nvidia-smi sees the card and "
             "the driver is new enough"
@@ -114,7 +113,11 @@ def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, 
 
 
 def missing_library(provider: str) -> str | None:
-    """Say which library the system's loader misses for a provider, and where it can be had; None if none."""
+    """Say which library the system's loader misses for a provider, and where it can be had; None if none.
+
+    To be asked only after onnxruntime has tried: it must be the first to load its own library, which takes its host
+    from it in that moment.
+    """
     folder = Path(import_onnxruntime().__file__).parent / "capi"
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
@@ -159,29 +162,6 @@ def tensorrt_version() -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def resolve_device(device: str) -> str:
-    """Turn ``auto`` into ``cuda`` where that provider loads, otherwise into ``cpu``; others stay as they are.
-
-    Warns:
-        RuntimeWarning: This onnxruntime has the CUDA provider, and it cannot be used.
-
-    Raises:
-        InputError: Another name.
-    """
-    if device not in DEVICES:
-        raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
-    if device != "auto":
-        return device
-    if CUDA not in import_onnxruntime().get_available_providers():
-        return "cpu"
-    preload(CUDA)
-    reason = missing_library(CUDA)
-    try:
-        read_card(0)
-    except StartError as error:
-        reason = str(error)
-    if reason is not None:
-        message = f"device='auto' takes the CPU, because CUDA cannot be used: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-        return "cpu"
-    return "cuda"
+def has_provider(provider: str) -> bool:
+    """Whether this onnxruntime was built with a provider; it may still fail to load."""
+    return provider in import_onnxruntime().get_available_providers()

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, TextIO, get_args
 
 import numpy as np
 
+from m3e.backends import DEVICES
 from m3e.encoder import Encoder
 from m3e.errors import InputError
-from m3e.providers import DEVICES
 from m3e.vectors import EmbeddingPrecision
 
 _WINDOW = 4096
