@@ -122,7 +122,9 @@ def test_activations_beyond_fp16_stay_fp32(
     assert outside
     assert set(outside) < set(sites_of(changed)) or "LayerNorm.weight" in factors
     for build, feed in BUILDERS.values():
-        assert not is_close(run(build(changed), feed, ids[:6]), exact), "the case is not hostile"
+        with np.errstate(over="ignore"):  # weights overflow as well
+            unprotected = build(changed)
+        assert not is_close(run(unprotected, feed, ids[:6]), exact), "the case is not hostile"
         assert is_close(run(build(changed, outside), feed, ids[:6]), exact)
 
 
@@ -149,7 +151,7 @@ def test_folding_biases_changes_no_vector(checkpoint: Checkpoint, ids: list[list
 
 
 def test_the_emulation_overflows_where_fp16_does(checkpoint: Checkpoint) -> None:
-    changed = hostile(checkpoint, {"intermediate.dense.weight": 3e6})
+    changed = hostile(checkpoint, {"intermediate.dense.weight": 3e5})
     assert not np.isfinite(run(emulate(build_cuda_graph(changed)), pack, [[2, 300, 400, 3]])).all()
 
 
@@ -187,7 +189,7 @@ def test_the_contract(checkpoint: Checkpoint) -> None:
         assert (output.name, output.type.tensor_type.elem_type) == ("sentence_embedding", onnx.TensorProto.FLOAT)
         assert {item.type.tensor_type.elem_type for item in model.graph.input} == {onnx.TensorProto.INT32}
         half = [item for item in model.graph.initializer if item.data_type == onnx.TensorProto.FLOAT16]
-        assert len(half) > 40
+        assert len(half) >= 30
         # No mask of the size of FP16's or FP32's lowest number.
         floats = [onnx.numpy_helper.to_array(item) for item in model.graph.initializer if item.data_type == 1]
         assert max(float(np.abs(item).max()) for item in floats) <= 1e9
@@ -210,7 +212,7 @@ def test_softmax_and_pooling_are_fp32(checkpoint: Checkpoint) -> None:
 
 def test_every_cuda_operator_is_as_onnxruntime_registers_it(checkpoint: Checkpoint) -> None:
     schemas = {item.name: item for item in get_all_operator_schema() if item.domain == "com.microsoft"}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for node in build_cuda_graph(checkpoint).graph.node:
         if node.domain != "com.microsoft":
             continue
