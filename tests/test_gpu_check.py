@@ -74,7 +74,8 @@ def test_every_run_on_the_stand_in(
 @pytest.mark.parametrize(
     ("change", "missed"),
     [({}, []), ({"cosine": 0.9}, ["cosine"]), ({"single_p50_ms": 9.0}, ["single_p50_ms"]),
-     ({"tokens_per_s": 1.0}, ["tokens_per_s"]), ({"times_sentence_transformers": None}, ["times_sentence_transformers"])],
+     ({"tokens_per_s": 1.0}, ["tokens_per_s"]),
+     ({"times_sentence_transformers": None}, ["times_sentence_transformers"])],
     ids=["kept", "cosine", "latency", "speed", "not measured"],
 )  # fmt: skip
 def test_promises(change: dict[str, Any], missed: list[str]) -> None:
