@@ -28,6 +28,14 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def gpu_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the graphs for cuda and tensorrt too, to read."""
+    target = tmp_path_factory.mktemp("bundles") / "gpu"
+    convert(str(tiny_checkpoint), target, precisions=("fp32", "fp16"), targets=("cpu", "cuda", "tensorrt"))
+    return target
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tiny_bundle: Path) -> Encoder:
     return Encoder(tiny_bundle)
 

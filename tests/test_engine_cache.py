@@ -15,7 +15,6 @@ from m3e.cli.main import main
 from m3e.engine_cache import EngineCache, EngineKey
 from m3e.plan import plan_sorted
 from m3e.tensorrt_session import EngineBuild, TensorrtSession, edges, profiles
-from m3e_export.pipeline import convert
 from tests.gpu_standin import CARD, StandInSession, standin
 
 __all__ = ["standin"]
@@ -157,26 +156,23 @@ def test_every_planned_batch_has_a_profile(longest: int, budget: int) -> None:
         assert profile.rows[2] * profile.seq_len[2] <= max(budget, longest)
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("engines") / "tiny"
-    convert(str(tiny_checkpoint), target, precisions=("fp32", "fp16"), targets=("cpu", "cuda", "tensorrt"))
-    return target
-
-
 def unit(vectors: Any) -> Any:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def test_cuda_serves_until_the_engines_are_built(
-    bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentences: list[str]
+    gpu_bundle: Path,
+    standin: list[StandInSession],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sentences: list[str],
 ) -> None:
     texts = [text for text in sentences if len(text) < 200][::25]
-    exact = unit(Encoder(bundle).encode(texts))
+    exact = unit(Encoder(gpu_bundle).encode(texts))
     may_build = threading.Event()
     build = backends.Engines.build
     monkeypatch.setattr(backends.Engines, "build", lambda self: may_build.wait(60) and build(self))
-    encoder = Encoder(bundle, device="tensorrt", engine_cache=tmp_path / "cache")
+    encoder = Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache")
     assert (encoder.device, encoder.engine_build and encoder.engine_build.state) == ("cuda", "building")
     assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
     may_build.set()
@@ -187,7 +183,7 @@ def test_cuda_serves_until_the_engines_are_built(
     assert np.abs(unit(encoder.encode(texts[0])) - exact[0]).max() < 2e-3
     # The next time they are there from the start.
     opened = len(standin)
-    again = Encoder(bundle, device="tensorrt", engine_cache=tmp_path / "cache")
+    again = Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache")
     assert (again.device, again.engine_build) == ("tensorrt", None)
     assert {session.provider for session in standin[opened:]} == {"TensorrtExecutionProvider"}
     assert np.abs(unit(again.encode(texts)) - exact).max() < 2e-3
@@ -195,14 +191,14 @@ def test_cuda_serves_until_the_engines_are_built(
 
 @pytest.mark.parametrize("how", ["build", "canary"])
 def test_cuda_stays_where_the_engines_fail(
-    bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    gpu_bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how == "build":
         monkeypatch.setattr(TensorrtSession, "run_profile", lambda *_: 1 / 0)
     else:
         run = TensorrtSession.run
         monkeypatch.setattr(TensorrtSession, "run", lambda self, ids: run(self, ids)[::-1])
-    encoder = Encoder(bundle, device="tensorrt", engine_cache=tmp_path / "cache")
+    encoder = Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache")
     assert encoder.engine_build is not None
     with pytest.raises(StartError, match="could not be built" if how == "build" else "gives other vectors"):
         encoder.engine_build.wait(100)
@@ -213,7 +209,7 @@ def test_cuda_stays_where_the_engines_fail(
 
 
 def test_tensorrt_that_does_not_take_the_graph_is_an_error(
-    bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu_bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = StandInSession.run
 
@@ -222,7 +218,7 @@ def test_tensorrt_that_does_not_take_the_graph_is_an_error(
         return run(self, *given)
 
     monkeypatch.setattr(StandInSession, "run", without_engine)
-    encoder = Encoder(bundle, device="tensorrt", engine_cache=tmp_path / "cache")
+    encoder = Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache")
     assert encoder.engine_build is not None
     with pytest.raises(StartError, match="left no engine"):
         encoder.engine_build.wait(100)
@@ -247,16 +243,16 @@ def test_a_shape_without_engine_is_named() -> None:
 
 
 def test_m3e_engine_build(
-    bundle: Path, standin: list[StandInSession], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpu_bundle: Path, standin: list[StandInSession], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["engine", "build", str(bundle), "--cache", str(tmp_path / "cache")]
+    command = ["engine", "build", str(gpu_bundle), "--cache", str(tmp_path / "cache")]
     assert main(command) == 0
     first = capsys.readouterr()
     assert f"onnx/model_fp16_plain.onnx on {CARD.name}: golden texts differ by" in first.out
     assert "engine 1 of 4: 1-4x1-512" in first.err
     assert main(command) == 0
     assert capsys.readouterr() == (first.out, "")
-    assert Encoder(bundle, device="tensorrt", engine_cache=tmp_path / "cache").device == "tensorrt"
+    assert Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache").device == "tensorrt"
 
 
 def test_m3e_engine_build_without_a_graph(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

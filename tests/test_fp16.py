@@ -296,15 +296,8 @@ def test_int8_for_tensorrt_is_symmetric_and_per_channel(checkpoint: Checkpoint, 
     assert Counter(node.op_type for node in mixed.graph.node)["QuantizeLinear"] == 7
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("fp16") / "tiny"
-    convert(str(tiny_checkpoint), target, precisions=("fp32", "fp16"), targets=("cpu", "cuda", "tensorrt"))
-    return target
-
-
-def test_the_bundle_says_what_it_holds(bundle: Path) -> None:
-    opened = Bundle(bundle)
+def test_the_bundle_says_what_it_holds(gpu_bundle: Path) -> None:
+    opened = Bundle(gpu_bundle)
     graphs = {(graph.precision, graph.target): graph for graph in opened.manifest.graphs}
     assert {pair: graph.file for pair, graph in graphs.items()} == {
         ("fp32", "cpu"): "onnx/model.onnx",
@@ -319,7 +312,7 @@ def test_the_bundle_says_what_it_holds(bundle: Path) -> None:
         assert graph.fp32_sites == ()
         assert choose_graph(opened, "auto", target) == graph
     assert choose_graph(opened, "fp32", "cuda").file == "onnx/model.onnx"
-    assert Encoder(bundle).precision == "fp32"
+    assert Encoder(gpu_bundle).precision == "fp32"
 
 
 def test_sites_in_fp32_stand_in_the_manifest(tmp_path: Path) -> None:

@@ -20,20 +20,12 @@ from m3e.manifest import Model
 from m3e.overlap import ahead
 from m3e.plan import plan_sorted
 from m3e.providers import CUDA, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
-from m3e_export.pipeline import convert
 from tests.gpu_standin import StandInSession, standin
 
 __all__ = ["standin"]
 
 ACCEPTED = json.loads((Path(__file__).parent / "data" / "provider_options.json").read_text(encoding="utf-8"))
 PROFILE = {"min": "input_ids:1x1,lengths:1", "opt": "input_ids:4x32,lengths:4", "max": "input_ids:4x32,lengths:4"}
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("gpu") / "tiny"
-    convert(str(tiny_checkpoint), target, precisions=("fp32", "fp16"), targets=("cpu", "cuda", "tensorrt"))
-    return target
 
 
 def test_onnxruntime_accepts_every_option() -> None:
@@ -133,23 +125,23 @@ def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monk
 
 
 def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
-    bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Encoder(bundle, device="auto").device == "cpu"  # this onnxruntime has no other
+    assert Encoder(gpu_bundle, device="auto").device == "cpu"  # this onnxruntime has no other
     monkeypatch.setattr(encoder_module, "has_provider", lambda provider: provider == CUDA)
-    assert Encoder(bundle, device="auto").device == "cuda"
+    assert Encoder(gpu_bundle, device="auto").device == "cuda"
 
     def fail(device_id: int) -> None:
         raise StartError("there is no NVIDIA driver here")
 
     monkeypatch.setattr(backends, "read_card", fail)
     with pytest.warns(RuntimeWarning, match="takes the CPU, not CUDA: there is no NVIDIA driver here"):
-        encoder = Encoder(bundle, device="auto")
+        encoder = Encoder(gpu_bundle, device="auto")
     assert (encoder.device, encoder.precision) == ("cpu", "fp32")
     with pytest.raises(StartError, match="no NVIDIA driver"):
-        Encoder(bundle, device="cuda")
+        Encoder(gpu_bundle, device="cuda")
     with pytest.raises(InputError, match="device is 'tpu', expected one of 'cpu', 'cuda', 'tensorrt', 'auto'"):
-        Encoder(bundle, device="tpu")
+        Encoder(gpu_bundle, device="tpu")
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,58 +247,58 @@ def unit(vectors: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::m3e.TruncationWarning")
-def test_cuda_gives_the_cpus_vectors(bundle: Path, standin: list[StandInSession], sentences: list[str]) -> None:
+def test_cuda_gives_the_cpus_vectors(gpu_bundle: Path, standin: list[StandInSession], sentences: list[str]) -> None:
     texts = sentences[::5]
-    encoder = Encoder(bundle, device="cuda")
+    encoder = Encoder(gpu_bundle, device="cuda")
     assert (encoder.device, encoder.precision) == ("cuda", "fp16")
     assert len(standin[0].captured) == len(BUCKETS)
-    exact = unit(Encoder(bundle).encode(texts))
+    exact = unit(Encoder(gpu_bundle).encode(texts))
     assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
     alone = unit(np.stack([encoder.encode(text) for text in texts[:40]]))
     assert np.abs(alone - exact[:40]).max() < 2e-3
     assert np.abs(unit(encoder.encode(texts, batch_size=3)) - exact).max() < 2e-3
 
 
-def test_fp32_on_cuda_is_the_cpus_graph(bundle: Path, standin: list[StandInSession]) -> None:
-    encoder = Encoder(bundle, device="cuda", precision="fp32")
+def test_fp32_on_cuda_is_the_cpus_graph(gpu_bundle: Path, standin: list[StandInSession]) -> None:
+    encoder = Encoder(gpu_bundle, device="cuda", precision="fp32")
     assert set(standin[0].inputs) == {"input_ids", "attention_mask"}
     assert standin[0].options["enable_cuda_graph"] == "0"
-    np.testing.assert_allclose(encoder.encode(["你好", "a"]), Encoder(bundle).encode(["你好", "a"]), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(["你好", "a"]), Encoder(gpu_bundle).encode(["你好", "a"]), atol=1e-5)
 
 
 def test_cuda_graphs_that_cannot_be_captured_are_told_of(
-    bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StandInSession, "refuse_capture", True)
     with pytest.warns(RuntimeWarning, match="CUDA graphs are off.*capture is not possible"):
-        encoder = Encoder(bundle, device="cuda")
+        encoder = Encoder(gpu_bundle, device="cuda")
     assert standin[-1].options["enable_cuda_graph"] == "0"
     assert encoder.encode("你好").shape == (64,)
 
 
 def test_many_windows_are_put_back_in_order(
-    bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch, sentences: list[str]
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch, sentences: list[str]
 ) -> None:
     monkeypatch.setattr(CudaSession, "window", 7)
     texts = [text for text in sentences if len(text) < 60][:60]
-    encoder = Encoder(bundle, device="cuda")
-    exact = unit(Encoder(bundle).encode(texts))
+    encoder = Encoder(gpu_bundle, device="cuda")
+    exact = unit(Encoder(gpu_bundle).encode(texts))
     assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
     with pytest.warns(UserWarning, match=r"2 of 20 texts are longer.*the first is text 8 with 602 tokens"):
         encoder.encode([*texts[:8], "长" * 600, *texts[:10], "长" * 700])
 
 
 def test_a_failure_in_a_batch_is_an_inference_error(
-    bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = Encoder(bundle, device="cuda")
+    encoder = Encoder(gpu_bundle, device="cuda")
     monkeypatch.setattr(StandInSession, "run_with_iobinding", lambda *_: 1 / 0)
     with pytest.raises(InferenceError, match="failed on a batch of 1 texts"):
         encoder.encode("a")
 
 
-def test_a_forked_child_is_refused(bundle: Path, standin: list[StandInSession]) -> None:
-    encoder = Encoder(bundle, device="cuda")
+def test_a_forked_child_is_refused(gpu_bundle: Path, standin: list[StandInSession]) -> None:
+    encoder = Encoder(gpu_bundle, device="cuda")
     encoder._process = -1
     with pytest.raises(StartError, match=r"CUDA does not survive a fork.*spawn"):
         encoder.encode("a")
