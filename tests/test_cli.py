@@ -235,7 +235,7 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], arguments: lis
     assert "usage: m3e" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["encode", "info", "verify", "convert"])
+@pytest.mark.parametrize("command", ["encode", "info", "verify", "serve", "export-triton", "convert"])
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -249,7 +249,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for command in ("encode", "info", "verify", "convert"):
+    for command in ("encode", "info", "verify", "serve", "export-triton", "convert"):
         assert f"\n    {command} " in said
 
 
