@@ -26,21 +26,20 @@ def _threads(run: Run, model: Model) -> None:
     """Sentences a second with 1, 2, 4, ... threads up to all."""
     workload = run.workloads[0]
     counts = sorted({*itertools.takewhile(lambda n: n < run.threads, (2**i for i in range(10))), run.threads})
-    portions = run.journal.fact(f"portions/{workload.name}/{model.name}")
+    texts = run.sample(workload, model)
     for threads in counts:
 
         def measure(opened: OpenEngine, number: int, threads: int = threads) -> list[Series]:
             if opened.engine.module == "openai_http":
                 return []
             process = opened.process
-            opened.give(workload.name, workload.texts)
+            opened.give(workload.name, texts)
             if f"{threads} threads" not in opened.warm:
                 process.request("load", **run.launcher.arguments(opened.engine, model), threads=threads)
                 opened.warm = {f"{threads} threads"}
-                opened.seconds(workload.name, 0, 2 * portions)
-            seconds, count = opened.seconds(workload.name, number % portions, portions)
+                opened.seconds(workload.name)
             parameters = {"by": "threads", "threads": threads, "workload": workload.name}
-            return [_series(model, opened, count / seconds, parameters)]
+            return [_series(model, opened, len(texts) / opened.seconds(workload.name), parameters)]
 
         run.interleave(f"scaling {threads} threads", model, measure, rounds=min(3, run.budget.rounds))
     run.close_all()  # whoever asks next wants all threads again
@@ -70,11 +69,11 @@ def _corpora(run: Run, model: Model) -> None:
 
         def measure(opened: OpenEngine, number: int, size: int = size, texts: list[str] = texts) -> list[Series]:
             opened.give(f"corpus of {size}", texts)
-            seconds, count = opened.seconds(f"corpus of {size}")
+            seconds = opened.seconds(f"corpus of {size}")
             parameters = {"by": "corpus_texts", "corpus_texts": size}
             resident = opened.process.request("memory")["resident_bytes"] / 1e6
             return [
-                _series(model, opened, count / seconds, parameters),
+                _series(model, opened, size / seconds, parameters),
                 Series(
                     "scaling", "resident_mb", "MB", "lower", model.name, opened.engine.name, ((resident,),), parameters
                 ),
