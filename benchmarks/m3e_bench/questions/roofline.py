@@ -36,20 +36,20 @@ def _best_batch(run: Run, model: Model, bound: Engine) -> dict[str, int] | None:
     """Find the rows and the number of workers with which the products are fastest: the strictest bound."""
     fact = f"roofline batch/{bound.name}/{model.name}"
     if fact not in run.journal:
-        found: dict[tuple[int, int], float] = {}
 
         def search(opened: OpenEngine) -> list[Series]:
+            found: dict[tuple[int, int], float] = {}
             for rows, workers in itertools.product(_BATCH_TOKENS, sorted({1, run.threads})):
                 request = {"tokens": 2048, "batch_tokens": rows, "workers": workers}
                 answers = [opened.process.request("call", method="run", **request) for _ in range(2)]
                 found[rows, workers] = max(answer["tokens"] / answer["seconds"] for answer in answers)
+            rows, workers = max(found, key=lambda case: found[case])
+            run.journal.keep_fact(fact, {"batch_tokens": rows, "workers": workers})
             return []
 
         run.once(f"roofline search/{model.name}/{bound.name}", bound, model, search)
-        if not found:
+        if fact not in run.journal:
             return None
-        rows, workers = max(found, key=lambda case: found[case])
-        run.journal.keep_fact(fact, {"batch_tokens": rows, "workers": workers})
     best: dict[str, int] = run.journal.fact(fact)
     return best
 

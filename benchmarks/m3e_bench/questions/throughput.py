@@ -47,19 +47,19 @@ def _decide_parts(run: Run, model: Model, workload: Workload) -> None:
     fact = f"parts/{workload.name}/{model.name}"
     if fact in run.journal:
         return
-    slowest = 0.0
+    estimates = f"whole workload in seconds/{workload.name}/{model.name}/"
     step = max(1, len(workload.texts) // _ESTIMATE_TEXTS)
     few, fewer = workload.texts[::step], workload.texts[:: step * 4]
 
     def estimate(opened: OpenEngine) -> list[Series]:
-        nonlocal slowest
         for name, texts in (("warm-up", fewer), ("estimate", few)):
             opened.give(f"{name} {workload.name}", texts)
             seconds = opened.seconds(f"{name} {workload.name}")
-        slowest = max(slowest, seconds / len(few) * len(workload.texts))
+        run.journal.keep_fact(estimates + opened.engine.name, seconds / len(few) * len(workload.texts))
         return []
 
     for engine in run.engines:
         run.once(f"estimate {workload.name}/{model.name}/{engine.name}", engine, model, estimate)
+    slowest = max((seconds for _, seconds in run.journal.facts(estimates)), default=0.0)
     # At least two batches of 32 are left.
     run.journal.keep_fact(fact, min(max(1, math.ceil(slowest / run.budget.turn_s)), max(1, len(workload.texts) // 64)))
