@@ -49,7 +49,8 @@ def run(parsed: argparse.Namespace) -> None:
     data = check_data(parsed.data) if parsed.data else None
     needs = {"roofline", "scaling", "memory"} & set(parsed.questions)
     if needs and "throughput" not in parsed.questions:
-        raise InputError(f"{', '.join(sorted(needs))} use the portions that throughput decides; ask throughput too")
+        asked = ", ".join(sorted(needs))
+        raise InputError(f"{asked}: the parts of the workloads are decided by throughput; ask throughput too")
     with Run(
         models, accuracy_models, engines, data, parsed.work, parsed.threads, bounds,
         quick=parsed.quick, fresh=parsed.fresh,
