@@ -24,7 +24,6 @@ import psutil
 
 import m3e
 from benchmarks.checkpoints import write_checkpoint
-from m3e_bench.machine import describe_machine
 from m3e import Encoder
 from m3e_export.pipeline import convert
 
@@ -100,7 +99,7 @@ def main() -> None:
         run = run_command(bundle, folder / "rows.jsonl", folder / "out", parsed.rows_per_part)
         measure_own()
         record = summarise(parsed.rows, parsed.rows_per_part, own, run)
-        record |= {"machine": machine(), "precision": encoder.precision, "load_average": load}
+        record |= {"machine": describe_machine(), "precision": encoder.precision, "load_average": load}
     parsed.output.parent.mkdir(exist_ok=True)
     parsed.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in record.items() if key not in ("commits", "resident_mb")}, indent=1))

@@ -35,7 +35,7 @@ def process(tmp_path: Path) -> Iterator[EngineProcess]:
 
 
 def load(process: EngineProcess, bundle: Path) -> None:
-    arguments = {"checkpoint": "", "folder": str(bundle), "options": {"precision": "fp32"}}
+    arguments: dict[str, Any] = {"checkpoint": "", "folder": str(bundle), "options": {"precision": "fp32"}}
     process.request("load", **arguments, threads=1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from m3e_bench.models import Model
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
@@ -23,7 +25,7 @@ def _closed(run: Run, model: Model, length: int, batch_size: int) -> None:
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         opened.give(name, sized_texts(length, 256))
-        request = {"name": name, "batch_size": batch_size}
+        request: dict[str, Any] = {"name": name, "batch_size": batch_size}
         case = f"{name} {batch_size}"
         # The warm-up also says how many requests a turn holds; at least 20, that a p95 means something.
         first = opened.process.request("latency", count=_WARM_UP, **request)["milliseconds"]
