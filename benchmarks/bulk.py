@@ -25,6 +25,7 @@ import psutil
 import m3e
 from benchmarks.checkpoints import write_checkpoint
 from m3e import Encoder
+from m3e_bench.machine import describe_machine
 from m3e_export.pipeline import convert
 
 RECORD = Path(__file__).parent / "results" / "bulk.json"

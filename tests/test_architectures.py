@@ -172,7 +172,7 @@ def rows() -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "name", "precision"), rows())
 def test_it_is_pytorchs(kind: str, name: str, precision: str) -> None:
-    pooling, head = POOLINGS[name] if name in POOLINGS else ([name], "")
+    pooling, head = POOLINGS.get(name, ([name], ""))
     folder, checkpoint = load(kind, pooling, head)
     expected = expected_vectors(kind, folder, pooling, head)
     embed = embedder(kind, checkpoint, precision)

@@ -406,7 +406,8 @@ def test_weights_in_several_files(folder: Path, file: str) -> None:
     (folder / "model.safetensors").unlink()
     stem, suffix = file.split(".")
     save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
-    names, where = sorted(TENSORS), {}
+    names = sorted(TENSORS)
+    where: dict[str, str] = {}
     for i in range(2):
         part = {name: torch.from_numpy(TENSORS[name]) for name in names[i::2]}
         save(part, folder / f"{stem}-{i + 1:05}-of-00002.{suffix}")
