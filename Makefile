@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long check bench build clean
+.PHONY: help demo test test-long test-interop check bench build clean
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,10 @@ test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
 
 test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
-	$(BIN)/python -m pytest -q -m "long or not long" --timeout 3000
+	$(BIN)/python -m pytest -q -m "not interop" --timeout 3000
+
+test-interop: .venv/dev ## Run the other tools of docs/interop.md, and optimum, in environments of their own (pip, npm)
+	$(BIN)/python -m pytest -q -m interop --timeout 1200
 
 check: .venv/dev ## Lint, format and types; figures in the README against their records
 	$(BIN)/ruff check .

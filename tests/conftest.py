@@ -14,6 +14,7 @@ from benchmarks.server_process import Server, running
 from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
+from tests.hubs import Hub, fill, serving
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,15 @@ def server(token_bundle: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tiny_encoder(tiny_bundle: Path) -> Encoder:
     return Encoder(tiny_bundle)
+
+
+@pytest.fixture
+def hub(tiny_checkpoint: Path) -> Iterator[Hub]:
+    """A stand-in of the Hugging Face hub; `tests.hubs.run` starts processes that ask it."""
+    server = Hub()
+    fill(server, tiny_checkpoint)
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_the_wheel_holds_the_three_packages(tmp_path: Path) -> None:
 @pytest.mark.checkout
 def test_the_extras_are_all_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {"cpu", "gpu", "tensorrt", "export", "torch", "optimum", "server", "bulk", "bench", "dev"}
+    extras = {"cpu", "gpu", "tensorrt", "export", "modelscope", "torch", "optimum", "server", "bulk", "bench", "dev"}
     extras |= {"ray", "spark", "chroma", "qdrant", "lancedb", "milvus", "faiss", "sqlite-vec", "langchain",
                "llama-index", "haystack", "mteb", "sklearn", "docs", "interop"}  # fmt: skip
     assert set(project["optional-dependencies"]) == extras

@@ -23,7 +23,7 @@ from m3e.bundle import Bundle
 from m3e.manifest import decode_array
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
-from m3e_export import pipeline
+from m3e_export import graphs
 from m3e_export.pipeline import convert
 
 HERE = cpu.cpu_features() or frozenset()
@@ -35,8 +35,8 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Both int8 graphs, with the golden vectors that a processor with VNNI computes, made on any processor."""
     target = tmp_path_factory.mktemp("processors") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "cpu_features", lambda: frozenset({"vnni"}))
-        patch.setattr(pipeline, "Session", _ExactSession)
+        patch.setattr(graphs, "cpu_features", lambda: frozenset({"vnni"}))
+        patch.setattr(graphs, "Session", _ExactSession)
         patch.setattr(encoder, "Session", _ExactSession)
         convert(str(tiny_checkpoint), target, precisions=("fp32", "int8"), cpus=("vnni", "avx2"))
     return target
@@ -133,7 +133,7 @@ def without_graph(bundle: Path, target: Path, file: str) -> Path:
 def test_a_graph_that_this_processor_cannot_certify_is_not_made(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "cpu_features", lambda: frozenset())
+    monkeypatch.setattr(graphs, "cpu_features", lambda: frozenset())
     with pytest.raises(ExportError, match="lacks vnni"):
         convert(str(tiny_checkpoint), tmp_path / "out", precisions=("int8",), cpus=("avx2", "vnni"))
     assert not (tmp_path / "out").exists()

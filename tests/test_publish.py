@@ -21,7 +21,7 @@ import pytest
 from benchmarks.checkpoints import write_json
 from m3e import CertificateError, Encoder, ExportError
 from m3e.bundle import Bundle
-from m3e_export import certify, pipeline, publish
+from m3e_export import certify, layout, publish
 from m3e_export.pipeline import convert
 from m3e_export.publish import check_target, staged
 from m3e_export.reference import reference_embeddings
@@ -195,7 +195,7 @@ def write_to_full_disk(path: Path, data: bytes) -> None:
     ("module", "name", "replacement", "message"),
     [
         pytest.param(shutil, "disk_usage", too_small, "1 MB free and the bundle needs about 15 MB", id="too small"),
-        pytest.param(pipeline, "_write", write_to_full_disk, "is full; nothing was published", id="full"),
+        pytest.param(layout, "write", write_to_full_disk, "is full; nothing was published", id="full"),
     ],
 )
 def test_a_full_disk(

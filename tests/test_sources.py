@@ -1,137 +1,29 @@
-"""Checkpoints from a stand-in of the Hugging Face hub on this machine; huggingface-hub itself is the real one."""
+"""Checkpoints from folders, and from stand-ins of the hubs on this machine with the hubs' real clients."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 import re
-import subprocess
+import shutil
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
-import safetensors.torch
-import torch
 
 from m3e import CheckpointError, DependencyError, Encoder
+from m3e_export.pipeline import convert
 from m3e_export.sources import fetch_checkpoint
+from tests.hubs import MAIN, NEWER, OLDER, PICKLED, REPO, Hub, ModelScope, names, run, serving
 
 CONVERT = str(Path(__file__).parents[1] / "export" / "convert.py")
-REPO, PICKLED = "some-org/m3e-tiny", "some-org/m3e-pickled"
-MAIN, OLDER, NEWER = "a" * 40, "b" * 40, "c" * 40
-# What a checkpoint's repository holds beside it and a conversion has no use for.
-UNUSED = ("README.md", "tf_model.h5", "onnx/model.onnx", "eval/results.csv", "modeling.py")
 
 
-class Hub(ThreadingHTTPServer):
-    """What the client asks a hub for: the commit of a revision, the files of a commit, the bytes of a file."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.refs: dict[tuple[str, str], str] = {}
-        self.files: dict[tuple[str, str], dict[str, bytes]] = {}
-        self.downloads: set[tuple[str, str]] = set()
-        self.moves: dict[tuple[str, str], str] = {}  # refs that are pushed to once they have been asked for
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
-        assert match, path
-        repo, kind, revision, file = match.groups()
-        commit = revision if (repo, revision) in self.server.files else self.server.refs.get((repo, revision))
-        if commit is None:
-            known = any(repo == other for other, _ in self.server.files)
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
-        files = self.server.files[repo, commit]
-        if kind == "resolve":
-            self.server.downloads.add((repo, file))
-            if file not in files:
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-            etag = hashlib.sha256(files[file]).hexdigest()
-            return self._send(200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
-        if kind == "tree":
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
-            return self._send(200, json.dumps(entries).encode(), {})
-        if (repo, revision) in self.server.moves:
-            self.server.refs[repo, revision] = self.server.moves.pop((repo, revision))
-        siblings = [{"rfilename": name} for name in files]
-        return self._send(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode(), {})
-
-    do_HEAD = do_GET  # noqa: N815 (http.server's name)
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's name)
-        pass
-
-
-def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def hub(tiny_checkpoint: Path) -> Iterator[Hub]:
-    """A hub with the tiny checkpoint, and with another one that has pickled weights only, as moka-ai/m3e-small."""
-    files = {name: (tiny_checkpoint / name).read_bytes() for name in names(tiny_checkpoint)}
-    layout = {name: data for name, data in files.items() if name != "model.safetensors"}
-    pickled = io.BytesIO()
-    torch.save(safetensors.torch.load(files["model.safetensors"]), pickled)
-    weights, extra = {"pytorch_model.bin": pickled.getvalue()}, dict.fromkeys(UNUSED, b"x" * 1000)
-    with Hub() as server:
-        server.files = {
-            (REPO, MAIN): files | weights | extra,
-            (REPO, OLDER): files,
-            (PICKLED, MAIN): layout | weights | extra,
-            (PICKLED, NEWER): {"README.md": b"moved"},
-        }
-        server.refs = {(REPO, "main"): MAIN, (REPO, "v1"): OLDER, (PICKLED, "main"): NEWER, (PICKLED, "v1"): MAIN}
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield server
-        server.stop()
-        thread.join()
-
-
-def run(home: Path, hub: Hub, *command: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run Python with a hub of its own; huggingface-hub reads these variables when it is imported."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment = {
-        **kept,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": str(int(offline)),
-    }
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-
-
-def fetch(home: Path, hub: Hub, repo: str, revision: str | None) -> tuple[Path, str]:
+def fetch(
+    home: Path, hub: Hub | ModelScope, repo: str, revision: str | None, *, offline: bool = False
+) -> tuple[Path, str]:
     code = f"import sys; sys.path[:] = {sys.path!r}; from m3e_export.sources import fetch_checkpoint"
     code += f"; found = fetch_checkpoint({repo!r}, {revision!r}); print(found.folder, found.revision)"
-    done = run(home, hub, "-c", code)
+    done = run(home, hub, "-c", code, offline=offline)
     assert done.returncode == 0, done.stderr
     folder, found = done.stdout.split()
     return Path(folder), found
@@ -207,6 +99,77 @@ def test_a_failure_is_a_message(hub: Hub, tmp_path: Path, arguments: list[str], 
     assert not target.parent.exists()
 
 
+@pytest.fixture
+def modelscope(tiny_checkpoint: Path) -> Iterator[ModelScope]:
+    files = {name: (tiny_checkpoint / name).read_bytes() for name in names(tiny_checkpoint)}
+    with serving(ModelScope(files | {"README.md": b"x", "pytorch_model.bin": b"x"})) as server:
+        yield server
+
+
+@pytest.mark.checkout
+def test_a_model_of_modelscope_converts_and_is_found_again(
+    modelscope: ModelScope, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    done = run(tmp_path / "home", modelscope, CONVERT, f"modelscope:{REPO}", "-o", str(first))
+    assert done.returncode == 0, done.stderr
+    assert set(modelscope.downloads) == names(tiny_checkpoint)
+    source = Encoder(first).manifest.source
+    assert source.id == f"modelscope:{REPO}"
+    assert source.revision is not None
+    assert re.fullmatch("master-[0-9a-f]{12}", source.revision)
+    assert (first / "onnx" / "model.onnx").read_bytes() == (tiny_bundle / "onnx" / "model.onnx").read_bytes()
+    config = modelscope.files["config.json"]
+    modelscope.files["config.json"] = config + b" "  # a push to the branch
+    assert fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None)[1] != source.revision
+    modelscope.files["config.json"] = config
+    assert fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None)[1] == source.revision
+    modelscope.shutdown()
+    folder, revision = fetch(tmp_path / "home", modelscope, f"modelscope:{REPO}", None, offline=True)
+    assert (names(folder), revision) == (names(tiny_checkpoint), source.revision)
+
+
+@pytest.mark.checkout
+@pytest.mark.parametrize(
+    ("arguments", "offline", "reason"),
+    [
+        pytest.param([f"modelscope:{REPO}"], True, "HF_HUB_OFFLINE", id="offline without a cache"),
+        pytest.param(["modelscope:some-org/unknown"], False, "'some-org/unknown@master'", id="unknown id"),
+        pytest.param([f"modelscope:{REPO}", "--revision", "v9"], False, f"'{REPO}@v9'", id="unknown revision"),
+    ],
+)
+def test_a_failure_of_modelscope_is_a_message(
+    modelscope: ModelScope, tmp_path: Path, arguments: list[str], offline: bool, reason: str
+) -> None:
+    target = tmp_path / "bundles" / "tiny"
+    done = run(tmp_path / "home", modelscope, CONVERT, *arguments, "-o", str(target), offline=offline)
+    assert done.returncode == 1
+    assert "error: cannot read" in done.stderr
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not target.parent.exists()
+
+
+def test_a_folder_of_links_into_a_read_only_cache(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    shutil.copytree(tiny_checkpoint, blobs)
+    for name in names(blobs):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name)
+    for path in [*blobs.rglob("*"), blobs, *snapshot.rglob("*"), snapshot]:
+        if not path.is_symlink():
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.lstat().st_mtime_ns for path in (*blobs.rglob("*"), *snapshot.rglob("*"))}
+    try:
+        convert(str(snapshot), tmp_path / "bundle")
+    finally:
+        for path in (blobs, snapshot, *blobs.rglob("*"), *snapshot.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)
+    assert {path: path.lstat().st_mtime_ns for path in (*blobs.rglob("*"), *snapshot.rglob("*"))} == before
+    assert (tmp_path / "bundle/onnx/model.onnx").read_bytes() == (tiny_bundle / "onnx/model.onnx").read_bytes()
+
+
 def test_a_folder_has_no_revisions(tiny_checkpoint: Path) -> None:
     assert fetch_checkpoint(str(tiny_checkpoint)).revision is None
     with pytest.raises(CheckpointError, match="is a folder and has no revisions; leave out --revision v1"):
@@ -214,14 +177,21 @@ def test_a_folder_has_no_revisions(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["m3e-base", "/no/such/folder", "./folder/name", "a/b/c", "org/", "org/name\n", "组/名"]
+    "name",
+    ["m3e-base", "/no/such/folder", "./folder/name", "a/b/c", "org/", "org/name\n", "组/名", "modelscope:m3e-base"],
 )
 def test_neither_folder_nor_id(name: str) -> None:
     with pytest.raises(CheckpointError, match="is neither a folder here nor a hub id"):
         fetch_checkpoint(name)
 
 
-def test_an_id_without_huggingface_hub_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(DependencyError, match=r'pip install "m3e-runtime\[export\]"'):
-        fetch_checkpoint(REPO)
+@pytest.mark.parametrize(
+    ("package", "hub_id", "extra"),
+    [("huggingface_hub", REPO, "export"), ("modelscope_hub", f"modelscope:{REPO}", "export,modelscope")],
+)
+def test_an_id_without_its_client_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, hub_id: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DependencyError, match=rf'pip install "m3e-runtime\[{extra}\]"'):
+        fetch_checkpoint(hub_id)

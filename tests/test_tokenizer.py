@@ -75,6 +75,20 @@ def test_a_lone_surrogate_is_named(tokenizer: Tokenizer) -> None:
         tokenizer(["a", "b", "c\udfff"])
 
 
+def test_a_lone_surrogate_is_named_behind_the_cut_too(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="text 1 is not valid Unicode: lone surrogate at character 90000"):
+        tokenizer(["a", "word " * 18_000 + "\udfff"])
+
+
+def test_a_text_cut_early_has_the_ids_of_the_whole(tokenizer: Tokenizer, minilm_checkpoint: Path) -> None:
+    text = "word, " * 20_000
+    tokens = tokenizer(["a", text])
+    whole = Tokenizer(read_tokenizer(minilm_checkpoint, 30522), 100_000)([text])
+    assert whole.n_tokens.tolist() == tokenizer.count([text]).tolist() == [40_002]
+    assert tokens.input_ids[1] == whole.input_ids[0][:255] + whole.input_ids[0][-1:]
+    assert 256 < tokens.n_tokens_full[1] < 300
+
+
 def test_no_tokenizer() -> None:
     with pytest.raises(BundleError, match=r"tokenizer.json cannot be read"):
         Tokenizer(b'{"model": 3}', 10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,11 @@ class GraphBuilder:
         """Add an input, int64 (1,), that has this value unless it is given."""
         self._optional_inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]))
         return self.const(name, [default], np.int64)
+
+    def include(self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> None:
+        """Append nodes that were made elsewhere, with the initializers that they read."""
+        self._nodes += nodes
+        self._initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
         """Close the graph.

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from m3e.encoder import Encoder, TruncationWarning
+from m3e.encoder import TruncationWarning
 from m3e.errors import CertificateError
-from m3e.manifest import Certificate
+from m3e.manifest import Certificate, Graph
 from m3e.progress import progress_bar
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export.checkpoint import Checkpoint
-from m3e_export.evaluate import Pair, evaluate, reference_vectors
+from m3e_export.evaluate import Encode, Pair, evaluate, reference_vectors
 from m3e_export.reference import reference_embeddings, reference_name
 from m3e_export.texts import certificate_texts
 
@@ -64,11 +64,12 @@ def references(checkpoint: Checkpoint, pairs: Sequence[Pair] = ()) -> References
     return References(texts, tokens.n_tokens, np.stack(rows), pairs, pair_vectors)
 
 
-def certify(encoder: Encoder, reference: References, *, accept_accuracy: bool = False) -> Certificate:
-    """Embed the certificate's texts with the runtime, and compare with the reference.
+def certify(encode: Encode, graph: Graph, reference: References, *, accept_accuracy: bool = False) -> Certificate:
+    """Embed the certificate's texts with a graph, and compare with the reference.
 
     Args:
-        encoder: The bundle, opened as a user opens it.
+        encode: Embeds texts with it: float32 (n, dim).
+        graph: What the bundle says of it.
         reference: What its vectors should be.
         accept_accuracy: Take an int8 graph that is beyond its tolerance, and record that.
 
@@ -80,22 +81,21 @@ def certify(encoder: Encoder, reference: References, *, accept_accuracy: bool = 
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # the longest texts are meant to be cut
-        # As the reference: without the model's default prompt.
-        embeddings = encoder.encode(reference.texts, prompt="")
+        embeddings = encode(reference.texts)
         some = np.linspace(0, len(embeddings) - 1, _ALONE).astype(int)
-        alone = np.stack([encoder.encode(reference.texts[i], prompt="") for i in some])
-        evaluation = evaluate(encoder, reference.pairs, reference.pair_vectors) if reference.pairs else None
+        alone = np.concatenate([encode([reference.texts[i]]) for i in some])
+        evaluation = evaluate(encode, reference.pairs, reference.pair_vectors) if reference.pairs else None
     certificate = dataclasses.replace(
-        compare(embeddings, reference.expected, reference.n_tokens, reference_name(), TOLERANCE[encoder.precision]),
+        compare(embeddings, reference.expected, reference.n_tokens, reference_name(), TOLERANCE[graph.precision]),
         max_batch_difference=float(np.abs(unit_rows(alone) - unit_rows(embeddings[some])).max()),
         evaluation=evaluation,
     )
-    if not certificate.max_batch_difference <= _BATCH_TOLERANCE:
+    if graph.batch_invariant and not certificate.max_batch_difference <= _BATCH_TOLERANCE:
         raise CertificateError(
-            f"the {encoder.precision} graph gives a text another vector among others than alone: they differ by "
+            f"the {graph.precision} graph gives a text another vector among others than alone: they differ by "
             f"{certificate.max_batch_difference:.1e}. Nothing was published; please report it"
         )
-    if encoder.precision == "fp32":
+    if graph.precision == "fp32":
         if not max(certificate.max_abs_difference, certificate.max_norm_difference) <= certificate.tolerance:
             raise CertificateError(
                 f"the fp32 graph does not agree with {certificate.reference}: unit vectors differ by up to "
@@ -107,7 +107,7 @@ def certify(encoder: Encoder, reference: References, *, accept_accuracy: bool = 
     losses = _losses(certificate)
     if losses and not accept_accuracy:
         raise CertificateError(
-            f"the {encoder.precision} graph {' and '.join(losses)}. Nothing was published. Convert with --precision "
+            f"the {graph.precision} graph {' and '.join(losses)}. Nothing was published. Convert with --precision "
             "fp32, calibrate on texts of your own with --calibration FILE, or take it with --accept-accuracy"
         )
     return dataclasses.replace(certificate, accepted=bool(losses))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import CheckpointError
-from m3e_export.architectures import ARCHITECTURES, EncoderConfig, expected_tensors, read_config
+from m3e_export.architectures import ARCHITECTURES, Architecture, EncoderConfig, expected_tensors, read_config
 from m3e_export.modules import Dense, Modules, Normalize, encoder_folder, read_modules
 from m3e_export.sources import LocalCheckpoint
 from m3e_export.tokenizer import read_tokenizer
@@ -69,7 +69,11 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: LocalCheckpoint, *, max_seq_length: int | None = None, normalize: bool | None = None
+    source: LocalCheckpoint,
+    *,
+    max_seq_length: int | None = None,
+    normalize: bool | None = None,
+    config: EncoderConfig | None = None,
 ) -> Checkpoint:
     """Read a checkpoint in sentence-transformers, uniem or plain transformers layout.
 
@@ -77,13 +81,15 @@ def load_checkpoint(
         source: Folder and name.
         max_seq_length: Overrides the checkpoint's own.
         normalize: Overrides the checkpoint's own.
+        config: The shape of an encoder that is not built here, for a frontend that reads the weights itself.
 
     Raises:
         CheckpointError: Every reason found why this checkpoint cannot be converted.
         DependencyError: A package to read it with is missing.
     """
     folder = encoder_folder(source.folder)
-    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    is_built = config is None
+    config = config or read_config(read_json(folder / "config.json"), folder / "config.json")
     modules = read_modules(source.folder, source.id)
     _check_modules(modules, config, folder)
     own = read_json(source.folder / "config_sentence_transformers.json", default={})
@@ -91,8 +97,10 @@ def load_checkpoint(
     tokenizer_json = read_tokenizer(folder, config.vocab_size)
     _check_lowercase(folder, sentence_config, tokenizer_json)
     prompts, default_prompt_name = _read_prompts(own, folder)
-    tensors, weights_sha256 = read_weights(folder, ARCHITECTURES[config.architecture])
-    _check_tensors(config, tensors, folder)
+    architecture = ARCHITECTURES[config.architecture] if is_built else Architecture(prefix="")
+    tensors, weights_sha256 = read_weights(folder, architecture)
+    if is_built:
+        _check_tensors(config, tensors, folder)
     return Checkpoint(
         folder=folder,
         id=source.id,

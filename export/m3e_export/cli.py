@@ -16,6 +16,7 @@ examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --cpu vnni avx2 --eval sts.tsv
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
+  python export/convert.py some-org/deberta -o bundles/deberta --frontend optimum
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
 """
 
@@ -34,9 +35,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         "--precision",
         nargs="+",
         choices=["fp32", "int8"],
-        default=["fp32", "int8"],
-        help="graphs to make (default: both)",
+        help="graphs to make (default: both; fp32 with --frontend optimum)",
     )
+    parser.add_argument("--frontend", choices=["builder", "optimum"], default="builder",
+                        help="builder (default) knows BERT and its kin, optimum traces any encoder")  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
     )
@@ -75,19 +77,58 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     return run_guarded(parser.parse_args(arguments))
 
 
-def _run(parsed: argparse.Namespace) -> None:
+_PULL_EXAMPLES = """\
+examples:
+  m3e pull moka-ai/m3e-base                                  # then Encoder("moka-ai/m3e-base") needs no network
+  m3e pull moka-ai/m3e-base --revision v1 --precision fp32 int8
+  m3e pull modelscope:Jerry0/m3e-base
+  XDG_CACHE_HOME=/image/cache m3e pull moka-ai/m3e-base      # into an image that will have no network
+"""
+
+
+def pull_main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run ``m3e pull``; the exit code is returned."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Convert a model of a hub into the cache, where Encoder(ID) finds it.",
+        epilog=_PULL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("id", help="hub id")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the hub's default branch)")
+    parser.add_argument(
+        "--precision", nargs="+", choices=["fp32", "int8"], default=["fp32"], help="graphs to make (default: fp32)"
+    )
+    parser.set_defaults(run=_run_pull)
+    return run_guarded(parser.parse_args(arguments))
+
+
+def _run_pull(parsed: argparse.Namespace) -> None:
+    _require_packages()
+    from m3e_export.pull import pull
+
+    print(pull(parsed.id, revision=parsed.revision, precisions=parsed.precision,
+               report=lambda step: print(step, file=sys.stderr)))  # fmt: skip
+
+
+def _require_packages() -> None:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import safetensors  # noqa: F401
     except ImportError as error:
         raise DependencyError(f'converting needs {error.name}: pip install "m3e-runtime[cpu,export]"') from error
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    _require_packages()
     from m3e_export.pipeline import convert
 
     manifest = convert(
         parsed.checkpoint,
         parsed.output,
-        precisions=parsed.precision,
+        precisions=parsed.precision or (["fp32"] if parsed.frontend == "optimum" else ["fp32", "int8"]),
+        frontend=parsed.frontend,
         max_seq_length=parsed.max_seq_length,
         normalize=parsed.normalize,
         with_token_embeddings=parsed.with_token_embeddings,

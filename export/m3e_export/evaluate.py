@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from m3e.encoder import Encoder
 from m3e.errors import ExportError
 from m3e.manifest import Evaluation
 from m3e.progress import progress_bar
@@ -22,6 +21,7 @@ _FEWEST_PAIRS = 20
 _BLOCK = 512
 
 Pair = tuple[str, str, float]
+Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -70,11 +70,11 @@ def distinct(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(text for first, second, _ in pairs for text in (first, second)))
 
 
-def evaluate(encoder: Encoder, pairs: Sequence[Pair], expected: npt.NDArray[np.float64]) -> Evaluation:
+def evaluate(encode: Encode, pairs: Sequence[Pair], expected: npt.NDArray[np.float64]) -> Evaluation:
     """Compare a graph's vectors with the reference's on labelled pairs.
 
     Args:
-        encoder: The bundle, opened on the graph in question.
+        encode: Embeds texts with the graph in question: float32 (n, dim).
         pairs: Two texts and a label; a higher label means more alike.
         expected: The reference's vectors of the distinct texts, float64 (n_texts, dim).
     """
@@ -82,7 +82,7 @@ def evaluate(encoder: Encoder, pairs: Sequence[Pair], expected: npt.NDArray[np.f
     row = {text: i for i, text in enumerate(texts)}
     left, right = [row[first] for first, _, _ in pairs], [row[second] for _, second, _ in pairs]
     labels = np.array([label for *_, label in pairs])
-    actual = _unit(encoder.encode(texts, prompt="").astype(np.float64))
+    actual = _unit(encode(texts).astype(np.float64))
     reference = _unit(expected)
     return Evaluation(
         n_pairs=len(pairs),

@@ -81,7 +81,7 @@ def build_graph(
     config = checkpoint.config
     weights = weights or Weights(checkpoint)
     builder = GraphBuilder(["input_ids", "attention_mask"])
-    packing, ids, positions = _pack(builder, config.padding_position)
+    packing, ids, positions = pack(builder, config.padding_position)
     steps = GraphSteps(builder, checkpoint, weights, packing, ids, positions)
     words = steps.words()
     first, *_, last = hidden_states(steps, config, words)
@@ -92,7 +92,7 @@ def build_graph(
         "sentence_embedding": (vectors, ["batch", checkpoint.embedding_dim])
     }
     if with_token_embeddings:
-        cells = _masked_cells(builder, last, packing)
+        cells = masked_cells(builder, last, packing)
         outputs["last_hidden_state"] = (cells, ["batch", "seq_len", config.hidden_size])
     return builder.finish(outputs)
 
@@ -166,7 +166,7 @@ class GraphSteps:
         return append_function(self._builder, ACTIVATIONS[self._checkpoint.config.hidden_act], x)
 
 
-def _pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, str, str]:
+def pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, str, str]:
     """Find the real tokens: their places, ids (T,) and rows of the position table (T,)."""
     builder.scope("packing")
     shape = builder.op("Shape", "attention_mask")
@@ -221,7 +221,7 @@ def _position_bias(builder: GraphBuilder, checkpoint: Checkpoint) -> str:
     return builder.op("Unsqueeze", builder.op("Gather", by_distance, index, axis=1), builder.int64(0))
 
 
-def _masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
+def masked_cells(builder: GraphBuilder, hidden: str, packing: Packing) -> str:
     """(T, hidden) -> (batch, seq_len, hidden), zero at pads."""
     cells = builder.op("Gather", hidden, packing.cell_index)
     mask = builder.op("Cast", packing.mask, to=onnx.TensorProto.FLOAT)

@@ -16,7 +16,7 @@ from m3e_export.weights import find_weights, read_tensors
 
 # Keys of the older 1_Pooling/config.json -> names of the newer one, in the order in which their vectors are
 # concatenated (huggingface/sentence-transformers: sentence_transformer/modules/pooling.py).
-_LEGACY_KEYS = {
+LEGACY_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -183,15 +183,15 @@ def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
         mode = config.get("pooling_mode")
         if mode is None:
             # Without any key set, sentence-transformers takes mean.
-            mode = [name for key, name in _LEGACY_KEYS.items() if config.get(key)] or ["mean"]
+            mode = [name for key, name in LEGACY_KEYS.items() if config.get(key)] or ["mean"]
         modes = (mode,) if isinstance(mode, str) else tuple(mode)
         include_prompt = config.get("include_prompt", True)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
-    if not modes or not set(modes) <= set(_LEGACY_KEYS.values()):
+    if not modes or not set(modes) <= set(LEGACY_KEYS.values()):
         raise CheckpointError(
             f"{str(path)!r} asks for pooling {' + '.join(map(str, modes))}; expected some of "
-            f"{', '.join(_LEGACY_KEYS.values())}"
+            f"{', '.join(LEGACY_KEYS.values())}"
         )
     if type(include_prompt) is not bool:
         raise CheckpointError(f"{str(path)!r} has include_prompt {include_prompt!r}, expected true or false")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
-import safetensors.numpy
 import tokenizers
 
-from m3e import manifest as manifest_format
-from m3e.cpu import cpu_features
 from m3e.encoder import Encoder, TruncationWarning
 from m3e.errors import ExportError
 from m3e.manifest import (
@@ -31,44 +26,33 @@ from m3e.manifest import (
     Source,
     encode_array,
 )
-from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
+from m3e_export import optimum_frontend
 from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify, references
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
-from m3e_export.evaluate import Pair, read_pairs
-from m3e_export.graph import build_graph
-from m3e_export.int8 import Int8Weights
-from m3e_export.modules import Dense, Normalize
+from m3e_export.evaluate import Encode, Pair, read_pairs
+from m3e_export.graphs import build_model, choose_kinds, write_graph
+from m3e_export.layout import write, write_layout
+from m3e_export.modules import Normalize, encoder_folder
 from m3e_export.publish import check_target, staged
 from m3e_export.quantize import quantize
 from m3e_export.reference import reference_name
-from m3e_export.sources import fetch_checkpoint
+from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
-PRECISIONS = ("fp32", "int8")
-# Processors that int8 graphs are made for: the largest weight level, and what the graph then needs. Without VNNI two
-# products of 8 bits are added in 16 bits and saturate: 2 x 255 x 63 is the most that fits.
-CPUS: Mapping[str, tuple[int, tuple[str, ...]]] = {"vnni": (127, ("vnni",)), "avx2": (63, ())}
-# Another processor adds the same products in another order, which now and then moves an 8-bit level by one: measured
-# 1e-7 for fp32 and up to 1.5e-4 for int8. 8-bit sums that saturate move every vector by 1e-3 and more.
-_CANARY_TOLERANCE = {"fp32": 1e-5, "int8": 5e-4}
-# Files for the other tools that read this layout; copied as they are.
-_COPIED = (
-    "config.json",
-    "config_sentence_transformers.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
+FRONTENDS = ("builder", "optimum")
+# Bytes of a graph for each byte of the FP32 weights: int8 has a quarter of them, or more where layers stay FP32.
+_SHARE = {"fp32": 1.1, "int8": 0.6}
 
 
 def convert(
-    checkpoint: str,
+    checkpoint: str | LocalCheckpoint,
     target: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
+    frontend: str = "builder",
     max_seq_length: int | None = None,
     normalize: bool | None = None,
     with_token_embeddings: bool = False,
@@ -83,15 +67,17 @@ def convert(
     """Convert a checkpoint into a bundle.
 
     Args:
-        checkpoint: A folder or a hub id.
+        checkpoint: A folder or a hub id, or one that was fetched already.
         target: Where the bundle will be; it appears there whole or not at all.
-        precisions: Of ``PRECISIONS``.
+        precisions: ``fp32``, ``int8``.
+        frontend: Of ``FRONTENDS``: ``builder`` writes the graphs of the encoders that it knows from their weights;
+            ``optimum`` traces any other, fp32 only.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
         revision: Branch, tag or commit on the hub.
         force: Replace a bundle that is there already.
-        cpus: Of ``CPUS``: the processors to make int8 graphs for; None for one like this.
+        cpus: Processors, ``vnni`` and ``avx2``, to make int8 graphs for; None for one like this.
         calibration: UTF-8 file with a text a line to calibrate int8 on; None for the corpus that comes along.
         evaluation: UTF-8 file of labelled pairs, ``sentence1<TAB>sentence2<TAB>label``; their figures join the
             certificates.
@@ -105,113 +91,43 @@ def convert(
         ExportError: The checkpoint, the target or the result is not as it must be; nothing was published.
         DependencyError: A package is missing.
     """
+    kinds = choose_kinds(precisions, cpus)
+    traced = frontend == "optimum"
+    if traced and [kind.precision for kind in kinds] != ["fp32"]:
+        raise ExportError(
+            "--frontend optimum makes fp32 graphs only: our int8 is fitted layer by layer to a known encoder, and "
+            "dynamic quantisation, which needs no fitting, makes a text's vector depend on the texts beside it"
+        )
     check_target(target, force)
-    cpus = _cpus(cpus)
     texts = None if calibration is None else _read_texts(calibration)
     pairs = [] if evaluation is None else read_pairs(evaluation)
-    report(f"reading {checkpoint}")
-    loaded = load_checkpoint(fetch_checkpoint(checkpoint, revision), max_seq_length=max_seq_length, normalize=normalize)
+    source = fetch_checkpoint(checkpoint, revision) if isinstance(checkpoint, str) else checkpoint
+    report(f"reading {source.id}")
+    config = optimum_frontend.read_config(encoder_folder(source.folder)) if traced else None
+    loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize, config=config)
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
-    # An int8 graph has a quarter of the bytes, or more where layers stay FP32.
-    share = {"fp32": 1.1, "int8": 0.6 * len(cpus)}
-    needed_bytes = int(sum(share[precision] for precision in precisions) * weights_bytes) + (8 << 20)
+    needed_bytes = int(sum(_SHARE[kind.precision] for kind in kinds) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
-        _write_layout(loaded, folder)
+        write_layout(loaded, folder)
         graphs = []
-        if "fp32" in precisions:
-            report("building the fp32 graph")
-            graphs.append(_write_graph(loaded, folder, "onnx/model.onnx", None, with_token_embeddings))
-        for cpu in cpus if "int8" in precisions else ():
-            max_level, features = CPUS[cpu]
-            sites = quantize(loaded, texts, max_level=max_level, report=report)
-            report(f"building the int8 graph for {cpu}")
-            file = "onnx/model_int8.onnx" if features else f"onnx/model_int8_{cpu}.onnx"
-            graph = _write_graph(loaded, folder, file, sites, with_token_embeddings)
-            graphs.append(dataclasses.replace(graph, cpu_features=features))
+        for kind in kinds:
+            sites: dict[str, Int8Site] | None = None
+            if kind.precision == "int8":
+                sites = quantize(loaded, texts, max_level=kind.max_level, report=report)
+            report(f"{'tracing' if traced else 'building'} {kind.file}")
+            if traced:
+                model = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings)
+            else:
+                model = build_model(loaded, sites, with_token_embeddings=with_token_embeddings)
+            graphs.append(write_graph(loaded, folder, kind, model, sites or {}, batch_invariant=not traced))
         manifest = _describe(loaded, folder, graphs)
-        _write(folder / MANIFEST_NAME, manifest.to_bytes())
+        write(folder / MANIFEST_NAME, manifest.to_bytes())
         manifest = _certify(manifest, loaded, folder, pairs, accept_accuracy, report)
-        _write(folder / MANIFEST_NAME, manifest.to_bytes())
+        write(folder / MANIFEST_NAME, manifest.to_bytes())
         for graph in graphs:
             Encoder(folder, precision=graph.file)  # the last look is the user's first
         report(f"publishing {target}")
     return manifest
-
-
-def _cpus(given: Sequence[str] | None) -> tuple[str, ...]:
-    """Settle the processors; a graph that this one computes wrong cannot be certified here."""
-    features = cpu_features()
-    able = [name for name, (_, needed) in CPUS.items() if features is None or features.issuperset(needed)]
-    if given is None:
-        return (able[0],)
-    unable = [name for name in given if name not in able]
-    if unable:
-        raise ExportError(
-            f"this processor lacks {', '.join(unable)}: it would compute other sums, and the graph's certificate and "
-            "golden vectors would be wrong. Convert on a processor that has it, or with '--cpu avx2', which runs "
-            "anywhere"
-        )
-    return tuple(dict.fromkeys(given))
-
-
-def _write_layout(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write sentence-transformers' layout around the graphs, so that other tools find what they look for."""
-    for name in _COPIED:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    _write(folder / "tokenizer.json", checkpoint.tokenizer_json)
-    kinds = ["Transformer", "Pooling", *(type(module).__name__ for module in checkpoint.head)]
-    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
-    ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": checkpoint.max_seq_length, "do_lower_case": False}
-    )
-    pooling = {
-        "embedding_dimension": checkpoint.config.hidden_size,
-        "pooling_mode": list(checkpoint.pooling),
-        "include_prompt": checkpoint.include_prompt,
-    }
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
-    for module, path in zip(checkpoint.head, paths[2:], strict=True):
-        if isinstance(module, Dense):
-            _write_json(folder / path / "config.json", module.to_config())
-            _write(folder / path / "model.safetensors", safetensors.numpy.save(module.to_tensors()))
-
-
-def _write_graph(
-    checkpoint: Checkpoint, folder: Path, file: str, sites: Mapping[str, Int8Site] | None, with_token_embeddings: bool
-) -> Graph:
-    """Build and write one graph, fp32 without sites and int8 with them, and embed the golden texts with it."""
-    precision = "fp32" if sites is None else "int8"
-    weights = None if sites is None else Int8Weights(checkpoint, sites)
-    model = build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
-    data = model.SerializeToString(deterministic=True)
-    _write(folder / file, data)
-    session = Session(data, num_threads=1)
-    tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
-    golden = np.concatenate([session.run([ids]) for ids in tokens.input_ids])
-    return Graph(
-        file=file,
-        precision=precision,
-        target="cpu",
-        opset=model.opset_import[0].version,
-        ir_version=model.ir_version,
-        ops=_op_types(model),
-        outputs=tuple(output.name for output in model.graph.output),
-        batch_invariant=True,
-        cpu_features=(),
-        int8_sites={
-            name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
-            for name, site in (sites or {}).items()
-        },
-        certificate=None,
-        golden_embeddings=encode_array(golden),
-        canary_tolerance=_CANARY_TOLERANCE[precision],
-    )
 
 
 def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> Manifest:
@@ -266,20 +182,25 @@ def _certify(
     graphs = []
     ranges: tuple[str, str] | None = None
     for graph in manifest.graphs:
-        encoder = Encoder(folder, precision=graph.file)
         report(f"certifying {graph.file}")
-        graphs.append(
-            dataclasses.replace(graph, certificate=certify(encoder, reference, accept_accuracy=accept_accuracy))
-        )
+        encode = _encode_function(folder, graph)
+        certificate = certify(encode, graph, reference, accept_accuracy=accept_accuracy)
+        graphs.append(dataclasses.replace(graph, certificate=certificate))
         if ranges is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TruncationWarning)  # a short max_seq_length is meant
-                vectors = encoder.encode(range_texts())
+                vectors = encode(range_texts())
             ranges = _ranges(vectors), _ranges(unit_rows(vectors))
     assert ranges is not None
     return dataclasses.replace(
         manifest, graphs=tuple(graphs), embedding_ranges=ranges[0], unit_embedding_ranges=ranges[1]
     )
+
+
+def _encode_function(folder: Path, graph: Graph) -> Encode:
+    """Embed texts as a user will, through the runtime; as the reference, without the model's default prompt."""
+    encoder = Encoder(folder, precision=graph.file)
+    return lambda texts: encoder.encode(texts, prompt="")
 
 
 def _ranges(embeddings: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:
@@ -296,12 +217,6 @@ def _space_id(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:16]
 
 
-def _op_types(model: onnx.ModelProto) -> tuple[str, ...]:
-    return tuple(
-        sorted({f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node})
-    )
-
-
 def _fingerprint(path: Path) -> File:
     with path.open("rb") as file:
         return File(size_bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
@@ -315,12 +230,3 @@ def _read_texts(path: Path) -> list[str]:
     if len(texts) < 100:
         raise ExportError(f"the calibration file {str(path)!r} has {len(texts)} texts, expected at least 100 lines")
     return texts
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-
-
-def _write_json(path: Path, content: object) -> None:
-    _write(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -77,8 +77,10 @@ def _torch_states(checkpoint: Checkpoint, input_ids: Sequence[Sequence[int]]) ->
     with torch.inference_mode():
         for ids in input_ids:
             tokens = torch.tensor([list(ids)])
-            states = model(input_ids=tokens, output_hidden_states=True).hidden_states
-            words, first, last = (value[0].double().numpy() for value in (embedding(tokens), states[0], states[-1]))
+            output = model(input_ids=tokens, output_hidden_states=True)
+            # The last hidden state is not the last of the states where a norm follows the layers.
+            values = embedding(tokens), output.hidden_states[0], output.last_hidden_state
+            words, first, last = (value[0].double().numpy() for value in values)
             yield words, first, last
 
 

@@ -19,6 +19,14 @@ _BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", Non
 _WORDPIECE_CLASSES = (*_BERT_CLASSES, "MPNetTokenizer")
 # Vocabularies of tokenizers that transformers can make a tokenizer.json of.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+# Of BERT's and RoBERTa's families.
+_SPECIAL_TOKENS = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
@@ -63,6 +71,30 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
             f"the tokenizer of {str(folder)!r} has ids up to {largest}, the model has {vocab_size} word embeddings"
         )
     return str(tokenizer.to_str(pretty=False)).encode("utf-8")
+
+
+def complete_config(
+    own: dict[str, Any], special_tokens: dict[str, Any], tokenizer_json: bytes, max_seq_length: int
+) -> dict[str, Any]:
+    """Complete ``tokenizer_config.json`` for tools that pad and truncate by it (transformers.js, fastembed).
+
+    Args:
+        own: The checkpoint's, possibly empty.
+        special_tokens: Its ``special_tokens_map.json``, which older checkpoints have instead.
+        tokenizer_json: Whose tokens may be named.
+        max_seq_length: Longest input in tokens, which these tools know as ``model_max_length``.
+
+    Returns:
+        The content to write.
+    """
+    added = {token["content"] for token in json.loads(tokenizer_json)["added_tokens"]}
+    usual = {
+        name: next((content for content in contents if content in added), None)
+        for name, contents in _SPECIAL_TOKENS.items()
+    }
+    named = {name: content for name, content in usual.items() if content is not None}
+    classes = {"tokenizer_class": "PreTrainedTokenizerFast"} if not own else {}
+    return {**named, **special_tokens, **classes, **own, "model_max_length": max_seq_length}
 
 
 def _read_options(path: Path) -> tuple[dict[str, Any], str | None]:

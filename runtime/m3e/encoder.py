@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.bundle import Bundle
+from m3e.cache import obtain
 from m3e.calibration import load_calibration
 from m3e.canary import check_canary
 from m3e.cpu import available_threads, cpu_features
@@ -44,16 +45,19 @@ class Encoder:
     is found before it serves any.
 
     Args:
-        bundle: Folder written by ``convert.py``.
+        bundle: Folder written by ``convert.py``, or a hub id such as ``moka-ai/m3e-base``, which is converted into the
+            cache on first use if the exporter is installed (``m3e pull`` does it ahead of time).
         precision: Which graph: ``fp32``, ``int8``, the name of a graph's file, or ``auto`` for the fastest that the
             bundle has for this device and processor.
         device: ``cpu``.
         num_threads: Threads of one batch; None for what affinity and the container's quota allow.
+        revision: Of a hub id: branch or tag as it was when it was pulled, or a commit; None for the hub's default.
 
     Raises:
         BundleError: The bundle is missing, damaged or lacks the precision.
         StartError: onnxruntime refuses the graph, or the golden texts come out different.
-        DependencyError: onnxruntime is not installed.
+        DependencyError: onnxruntime is not installed; or a hub id is not in the cache and the exporter not installed.
+        ExportError: A hub id cannot be converted.
         InputError: Another device or number of threads.
     """
 
@@ -64,13 +68,14 @@ class Encoder:
         precision: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        revision: str | None = None,
     ) -> None:
         if device != "cpu":
             raise InputError(f"device is {device!r}, expected 'cpu'")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
         self._arguments = {"precision": precision, "device": device, "num_threads": num_threads}
-        self._folder = Path(bundle)
+        self._folder = obtain(bundle, revision, precision)
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
         self._graph = _choose(opened, precision, device)
@@ -192,9 +197,16 @@ class Encoder:
             return {"input_ids": empty, "attention_mask": empty}
         return pad(self._tokenizer(texts).input_ids)
 
-    def count_tokens(self, sentences: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Count the tokens of texts before truncation, special tokens included: int64 (n,)."""
-        return self._tokenizer(check_texts(sentences)).n_tokens_full
+    def count_tokens(self, sentences: Sequence[str], *, exact: bool = True) -> npt.NDArray[np.int64]:
+        """Count the tokens of texts before truncation, special tokens included: int64 (n,).
+
+        Args:
+            sentences: The texts.
+            exact: False counts a very long text only so far as to know that it is longer than ``max_seq_length``:
+                milliseconds for megabytes, which are seconds to count whole.
+        """
+        texts = check_texts(sentences)
+        return self._tokenizer.count(texts) if exact else self._tokenizer(texts).n_tokens_full
 
     def tokenize_batch(
         self, sentences: Sequence[str], prompt_name: str | None = None, prompt: str | None = None
@@ -280,6 +292,11 @@ class Encoder:
         return self._graph.precision
 
     @property
+    def space_id(self) -> str:
+        """Vectors of encoders with the same id may be compared, whatever their precision."""
+        return self.manifest.space_id
+
+    @property
     def prompts(self) -> Mapping[str, str]:
         """The model's prompts by name."""
         return self.manifest.model.prompts
@@ -327,7 +344,8 @@ class Encoder:
         if len(cut):
             warnings.warn(
                 f"{len(cut)} of {len(tokens.n_tokens)} texts are longer than {self.max_seq_length} tokens and were cut "
-                f"(the first is text {cut[0]} with {tokens.n_tokens_full[cut[0]]} tokens); split them to embed all",
+                f"(the first is text {cut[0]}, with at least {tokens.n_tokens_full[cut[0]]} tokens); split them to "
+                "embed all",
                 TruncationWarning,
                 stacklevel=3,
             )

@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from m3e.cut import cutter
 from m3e.errors import BundleError, InputError
 
 # A bound on the Encoding objects alive at once (each keeps offsets and token strings, about 100 bytes a token).
 _CHUNK = 2048
+# Characters from which a text is cut first; below, cutting saves next to nothing.
+_LONG_CHARACTERS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class TokenIds:
     Attributes:
         input_ids: One list per text, special tokens included, at most ``max_seq_length`` long.
         n_tokens: int64 (n,), the lengths of those lists.
-        n_tokens_full: int64 (n,), the lengths without truncation; larger where a text was truncated.
+        n_tokens_full: int64 (n,), the lengths without truncation; larger than ``n_tokens`` if and only if the text was
+            truncated. Of a very long text it is only a number that the length is known to reach.
     """
 
     input_ids: list[list[int]]
@@ -50,11 +54,14 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_seq_length = max_seq_length
+        self._cut = cutter(self._tokenizer)
         # Ids behind the text ([SEP]); truncation cuts before them. The template does not depend on the text.
         self._n_suffix = _trailing(self._tokenizer.encode("a").special_tokens_mask)
 
     def __call__(self, texts: Sequence[str]) -> TokenIds:
         """Tokenise texts; right truncation keeps the closing special tokens.
+
+        A very long text is cut before it is tokenised.
 
         Raises:
             InputError: A text is not valid Unicode (a lone surrogate).
@@ -63,7 +70,8 @@ class Tokenizer:
         n_tokens_full = np.empty(len(texts), dtype=np.int64)
         keep = self.max_seq_length - self._n_suffix
         for start in range(0, len(texts), _CHUNK):
-            for encoding in self._encode(texts[start : start + _CHUNK], start):
+            chunk = [self._cut_long(text, start + i) for i, text in enumerate(texts[start : start + _CHUNK])]
+            for encoding in self._encode(chunk, start):
                 ids = encoding.ids
                 n_tokens_full[len(input_ids)] = len(ids)
                 if len(ids) > self.max_seq_length:
@@ -91,18 +99,31 @@ class Tokenizer:
         texts: list[str] = self._tokenizer.decode_batch(list(input_ids), skip_special_tokens=skip_special_tokens)
         return texts
 
+    def count(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Count the tokens of whole texts, special tokens included: int64 (n,).
+
+        Raises:
+            InputError: A text is not valid Unicode (a lone surrogate).
+        """
+        counts = [
+            len(encoding.ids)
+            for start in range(0, len(texts), _CHUNK)
+            for encoding in self._encode(texts[start : start + _CHUNK], start)
+        ]
+        return np.array(counts, dtype=np.int64)
+
+    def _cut_long(self, text: str, index: int) -> str:
+        if self._cut is None or len(text) <= _LONG_CHARACTERS:
+            return text
+        _check_unicode(text, index)  # all of it: what the model does not read may still be a sign of wrong decoding
+        return self._cut(text, self.max_seq_length)
+
     def _encode(self, texts: Sequence[str], first: int) -> list[tokenizers.Encoding]:
         try:
             return self._tokenizer.encode_batch_fast(list(texts))
         except (TypeError, UnicodeEncodeError):
             for i, text in enumerate(texts):
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise InputError(
-                        f"text {first + i} is not valid Unicode: lone surrogate at character {error.start}; "
-                        "decode it with errors='replace' where it is read"
-                    ) from error
+                _check_unicode(text, first + i)
             raise
 
 
@@ -124,6 +145,16 @@ def check_texts(sentences: Any) -> list[str]:
         if not isinstance(text, str):
             raise InputError(f"sentences[{i}] is {type(text).__name__}, expected str")
     return list(sentences)
+
+
+def _check_unicode(text: str, index: int) -> None:
+    try:
+        text.encode("utf-16")  # as strict as UTF-8, and five times as fast
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text {index} is not valid Unicode: lone surrogate at character {error.start}; "
+            "decode it with errors='replace' where it is read"
+        ) from error
 
 
 def _trailing(special_tokens_mask: list[int]) -> int:

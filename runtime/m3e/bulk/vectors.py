@@ -99,7 +99,7 @@ class VectorSource:
         result = np.zeros(len(texts), dtype=np.bool_)
         long = [i for i, text in enumerate(texts) if len(text) * _MAX_EXPANSION > limit - self._n_special]
         if long:
-            result[long] = self.encoder.count_tokens([texts[i] for i in long]) > limit
+            result[long] = self.encoder.count_tokens([texts[i] for i in long], exact=False) > limit
         return result
 
     def describe(self) -> dict[str, Any]:

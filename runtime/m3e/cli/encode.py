@@ -29,7 +29,7 @@ _WINDOW = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder written by convert.py")
+    parser.add_argument("bundle", help="folder written by convert.py, or hub id")
     parser.add_argument("text", nargs="*", help="texts; without any, lines are read from --input")
     parser.add_argument(
         "-i", "--input", default="-", help="UTF-8 file with a text a line; - is standard input (default)"
@@ -93,7 +93,7 @@ def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
 def _write_jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any], out: TextIO) -> None:
     """Write an object a text, in windows, so that a pipe of any length needs no memory of its length."""
     while window := list(itertools.islice(texts, _WINDOW)):
-        counts = encoder.count_tokens(window)
+        counts = encoder.count_tokens(window, exact=False)
         for text, count, embedding in zip(window, counts, encoder.encode(window, **arguments), strict=True):
             row = {
                 "text": text,

@@ -13,17 +13,18 @@ import json
 import sys
 
 from m3e.bundle import Bundle
+from m3e.cache import locate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder written by convert.py")
+    parser.add_argument("bundle", help="folder written by convert.py, or hub id that was pulled")
     parser.add_argument("--json", action="store_true", help="the whole manifest without its arrays")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    manifest = Bundle(parsed.bundle).manifest
+    manifest = Bundle(locate(parsed.bundle)).manifest
     if parsed.json:
         content = dataclasses.asdict(manifest)
         for graph in content["graphs"]:

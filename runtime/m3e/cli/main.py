@@ -9,11 +9,12 @@ from importlib import metadata
 from typing import Any
 
 from m3e import __version__
-from m3e.cli import calibrate, embed, encode, export_triton, info, serve, verify
+from m3e.cli import calibrate, compare, embed, encode, export_triton, info, serve, verify
 from m3e.cli.guard import run_guarded
 
 _BUILT_IN: dict[str, Any] = {
     "calibrate": calibrate,
+    "compare": compare,
     "embed": embed,
     "encode": encode,
     "export-triton": export_triton,

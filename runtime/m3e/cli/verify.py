@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from m3e.bundle import Bundle
+from m3e.cache import locate
 from m3e.canary import check_canary
 from m3e.cpu import available_threads
 from m3e.session import Session
@@ -18,12 +19,12 @@ from m3e.tokenizer import Tokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder written by convert.py")
+    parser.add_argument("bundle", help="folder written by convert.py, or hub id that was pulled")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    bundle = Bundle(parsed.bundle)
+    bundle = Bundle(locate(parsed.bundle))
     bundle.verify()
     sys.stdout.write(f"{len(bundle.manifest.files)} files match the manifest\n")
     tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.max_seq_length)

@@ -1,0 +1,133 @@
+"""The graphs that a bundle can hold: which there are, and how each is built and described."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from m3e import manifest as manifest_format
+from m3e.cpu import cpu_features
+from m3e.errors import ExportError
+from m3e.manifest import Graph, encode_array
+from m3e.session import Session
+from m3e.tokenizer import Tokenizer
+from m3e_export.calibrate import Int8Site
+from m3e_export.checkpoint import Checkpoint
+from m3e_export.graph import build_graph
+from m3e_export.int8 import Int8Weights
+from m3e_export.layout import write
+from m3e_export.texts import GOLDEN_TEXTS
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A graph that can be made.
+
+    Attributes:
+        file: Its place in the bundle.
+        precision: ``fp32`` or ``int8``.
+        target: What it runs on.
+        canary_tolerance: As `m3e.manifest.Graph` has it.
+        cpu: Name of the processors that it is for; empty where it does not matter.
+        cpu_features: What they must have.
+        max_level: Largest absolute weight level of an int8 graph.
+    """
+
+    file: str
+    precision: str
+    target: str
+    canary_tolerance: float
+    cpu: str = ""
+    cpu_features: tuple[str, ...] = ()
+    max_level: int = 127
+
+
+# Canaries: another processor adds the same products in another order, which now and then moves an 8-bit level by one:
+# measured 1e-7 for fp32 and up to 1.5e-4 for int8. 8-bit sums that saturate move every vector by 1e-3 and more.
+# Levels: without VNNI two products of 8 bits are added in 16 bits and saturate; 2 x 255 x 63 is the most that fits.
+KINDS = (
+    Kind("onnx/model.onnx", "fp32", "cpu", 1e-5),
+    Kind("onnx/model_int8.onnx", "int8", "cpu", 5e-4, cpu="vnni", cpu_features=("vnni",)),
+    Kind("onnx/model_int8_avx2.onnx", "int8", "cpu", 5e-4, cpu="avx2", max_level=63),
+)
+
+
+def choose_kinds(precisions: Sequence[str], cpus: Sequence[str] | None) -> list[Kind]:
+    """Find the graphs to make.
+
+    Args:
+        precisions: What was asked for.
+        cpus: Processors to make int8 graphs for; None for one like this.
+
+    Raises:
+        ExportError: A precision without a graph, or one that this processor would compute wrong: it could not be
+            certified here.
+    """
+    features = cpu_features()
+    able = [kind.cpu for kind in KINDS if kind.cpu and (features is None or features.issuperset(kind.cpu_features))]
+    unable = [name for name in cpus or () if name not in able]
+    if unable:
+        raise ExportError(
+            f"this processor lacks {', '.join(unable)}: it would compute other sums, and the graph's certificate and "
+            "golden vectors would be wrong. Convert on a processor that has it, or with '--cpu avx2', which runs "
+            "anywhere"
+        )
+    cpus = able[:1] if cpus is None else cpus
+    kinds = [kind for kind in KINDS if kind.precision in precisions and kind.cpu in ("", *cpus)]
+    for name in precisions:
+        if name not in {kind.precision for kind in kinds}:
+            raise ExportError(f"precision is {name!r}, expected some of fp32, int8")
+    return kinds
+
+
+def build_model(
+    checkpoint: Checkpoint, int8_sites: Mapping[str, Int8Site] | None, *, with_token_embeddings: bool
+) -> onnx.ModelProto:
+    """Build a graph of a checkpoint, fp32 without sites and int8 with them."""
+    weights = None if int8_sites is None else Int8Weights(checkpoint, int8_sites)
+    return build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
+
+
+def write_graph(
+    checkpoint: Checkpoint,
+    folder: Path,
+    kind: Kind,
+    model: onnx.ModelProto,
+    int8_sites: Mapping[str, Int8Site],
+    *,
+    batch_invariant: bool,
+) -> Graph:
+    """Write a graph into a folder, embed the golden texts with it, and describe it."""
+    data = model.SerializeToString(deterministic=True)
+    write(folder / kind.file, data)
+    session = Session(data, num_threads=1)
+    tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
+    golden = np.concatenate([session.run([ids]) for ids in tokens.input_ids])
+    return Graph(
+        file=kind.file,
+        precision=kind.precision,
+        target=kind.target,
+        opset=model.opset_import[0].version,
+        ir_version=model.ir_version,
+        ops=_op_types(model),
+        outputs=tuple(output.name for output in model.graph.output),
+        batch_invariant=batch_invariant,
+        cpu_features=kind.cpu_features,
+        int8_sites={
+            name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
+            for name, site in int8_sites.items()
+        },
+        certificate=None,
+        golden_embeddings=encode_array(golden),
+        canary_tolerance=kind.canary_tolerance,
+    )
+
+
+def _op_types(model: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(
+        sorted({f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node})
+    )

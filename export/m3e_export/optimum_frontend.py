@@ -1,0 +1,147 @@
+"""An encoder that the builder does not know -> ONNX graph: traced by optimum's exporter, with our pooling behind it.
+
+The traced part computes on padding too and keeps the exporter's operators, so it is slower than a built graph.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from m3e.errors import CheckpointError, DependencyError
+from m3e_export.architectures import EncoderConfig
+from m3e_export.builder import OPSET, GraphBuilder
+from m3e_export.checkpoint import Checkpoint
+from m3e_export.graph import masked_cells, pack
+from m3e_export.pooling import AVERAGED
+from m3e_export.pooling_graph import PoolingNodes, append_head
+
+_MISSING = (
+    "--frontend optimum needs {name}, in an environment of its own because optimum does not work with transformers 5: "
+    "python -m venv optimum && optimum/bin/pip install \"m3e-runtime[cpu,export,optimum]\""
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> EncoderConfig:
+    """Read the encoder's shape with transformers, which knows each architecture's names for it.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture without code from the checkpoint.
+        DependencyError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+    except ImportError as error:
+        raise DependencyError(_MISSING.format(name=error.name)) from error
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises ValueError, KeyError, OSError
+        raise CheckpointError(
+            f"transformers cannot read {str(folder / 'config.json')!r}: {error}. Code that comes with a checkpoint is "
+            "never run"
+        ) from error
+    # BERTs stand in both tables.
+    reads_left_only = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or config.model_type in reads_left_only:
+        raise CheckpointError(
+            f"{config.model_type} is a decoder; supported are encoders, where every token sees the whole text"
+        )
+    try:
+        return EncoderConfig(
+            architecture=config.model_type,
+            vocab_size=config.vocab_size,
+            embedding_size=config.hidden_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=getattr(config, "type_vocab_size", 0),
+            # What only the builder asks for.
+            task_type_vocab_size=0,
+            num_position_buckets=0,
+            padding_position=None,
+            layer_norm_eps=getattr(config, "layer_norm_eps", 0.0),
+            hidden_act=getattr(config, "hidden_act", ""),
+        )
+    except AttributeError as error:
+        raise CheckpointError(
+            f"the {config.model_type} configuration has no {error.name}; it is no text encoder"
+        ) from error
+
+
+def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) -> onnx.ModelProto:
+    """Trace an encoder and append its pooling.
+
+    Args:
+        checkpoint: Where the encoder lies, and how its tokens are pooled.
+        with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
+
+    Returns:
+        A model with the inputs and outputs of `m3e_export.graph.build_graph`.
+
+    Raises:
+        CheckpointError: optimum cannot export the architecture, or it needs other inputs than token ids.
+        DependencyError: optimum is not installed.
+    """
+    unknown = [name for name in checkpoint.pooling if name in AVERAGED]
+    if unknown:
+        raise CheckpointError(
+            f"--frontend optimum has the last layer's output alone, uniem's pooling {', '.join(unknown)} needs more"
+        )
+    traced = onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False)
+    inputs = [value.name for value in traced.graph.input]
+    others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
+    if others:
+        raise CheckpointError(f"the traced encoder needs {', '.join(sorted(others))}; supported are token ids alone")
+    builder = GraphBuilder(["input_ids", "attention_mask"])
+    if "token_type_ids" in inputs:  # one segment
+        builder.include([helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"])], [])
+    builder.include(traced.graph.node, traced.graph.initializer)
+    packing, _, _ = pack(builder, None)
+    builder.scope("pooling")
+    hidden_size = checkpoint.config.hidden_size
+    flat = builder.op("Reshape", traced.graph.output[0].name, builder.int64(-1, hidden_size))
+    tokens = builder.op("Gather", flat, packing.token_index)
+    pooling = PoolingNodes(builder, packing.cell_index, include_prompt=checkpoint.include_prompt)
+    vectors = append_head(builder, checkpoint.head, pooling.pool(checkpoint.pooling, tokens, tokens, tokens))
+    outputs: dict[str, tuple[str, list[int | str]]] = {
+        "sentence_embedding": (vectors, ["batch", checkpoint.embedding_dim])
+    }
+    if with_token_embeddings:
+        outputs["last_hidden_state"] = (masked_cells(builder, tokens, packing), ["batch", "seq_len", hidden_size])
+    return builder.finish(outputs)
+
+
+def _trace(folder: Path) -> onnx.ModelProto:
+    try:
+        from optimum.exporters.onnx import main_export
+    except ImportError as error:
+        raise DependencyError(_MISSING.format(name=error.name)) from error
+    with tempfile.TemporaryDirectory(prefix="m3e-") as target, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # the tracer's, about Python values that become constants: the certificate tells
+        try:
+            main_export(
+                str(folder),
+                target,
+                task="feature-extraction",
+                library_name="transformers",
+                opset=OPSET,
+                do_validation=False,  # against the same reference on one text; the certificate has many
+                no_post_process=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # optimum, transformers and torch raise their own
+            raise CheckpointError(f"optimum cannot export {str(folder)!r} ({type(error).__name__}: {error})") from error
+        return onnx.load(str(Path(target) / "model.onnx"))

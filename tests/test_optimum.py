@@ -1,0 +1,97 @@
+"""Encoders that the builder does not know, through optimum in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.checkpoints import write_checkpoint, write_json
+from m3e import CheckpointError, DependencyError, Encoder, ExportError
+from m3e_export.optimum_frontend import read_config
+from m3e_export.pipeline import convert
+from tests.environments import python_with, run_python
+from tests.test_interop import OPTIMUM, TEXTS
+
+SHAPE = {"vocab_size": 21128, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
+         "num_hidden_layers": 3, "max_position_embeddings": 512}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 64,
+                   "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0},
+    "modernbert": {"local_attention": 32, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2,
+                   "eos_token_id": 3},
+}  # fmt: skip
+# Makes the checkpoint and converts it; then transformers and torch embed each text by itself.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy, torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from m3e_export.pipeline import convert
+
+kind, shape, texts = json.loads({arguments!r})
+torch.manual_seed(0)
+model = AutoModel.from_config(AutoConfig.for_model(kind, **shape)).eval()
+model.save_pretrained("checkpoint")
+convert("checkpoint", Path("bundle"), frontend="optimum", with_token_embeddings=True)
+tokenizer = AutoTokenizer.from_pretrained("checkpoint")
+vectors = []
+with torch.inference_mode():
+    for text in texts:
+        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        hidden = model(**inputs).last_hidden_state[0]
+        vectors.append(torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy())
+numpy.save("vectors.npy", numpy.stack(vectors))
+"""
+
+
+@pytest.mark.interop
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::m3e.TruncationWarning")
+@pytest.mark.parametrize("kind", ["deberta-v2", "modernbert", "bert"])
+def test_a_traced_encoder_gives_transformers_vectors(kind: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", normalize=True)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    arguments = json.dumps([kind, SHAPE | ARCHITECTURES.get(kind, {}), TEXTS], ensure_ascii=False)
+    run_python(python_with(*OPTIMUM), PROGRAM.format(arguments=arguments), tmp_path)
+    encoder = Encoder(tmp_path / "bundle")
+    assert encoder.manifest.model.architecture == kind
+    assert not encoder.manifest.graphs[0].batch_invariant
+    assert encoder.manifest.graphs[0].outputs == ("sentence_embedding", "last_hidden_state")
+    np.testing.assert_allclose(encoder.encode(TEXTS), np.load(tmp_path / "vectors.npy"), rtol=0, atol=2e-6)
+
+
+def test_without_optimum_the_message_names_the_extra(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DependencyError, match=r'environment of its own.*pip install "m3e-runtime\[cpu,export,optimum\]"'
+    ):
+        convert(str(tiny_checkpoint), tmp_path / "bundle", frontend="optimum")
+
+
+def test_int8_is_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"fp32 graphs only: .* depend on the texts beside it"):
+        convert(str(tiny_checkpoint), tmp_path / "bundle", frontend="optimum", precisions=["fp32", "int8"])
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        pytest.param({"model_type": "gpt2"}, "gpt2 is a decoder; supported are encoders", id="decoder"),
+        pytest.param({"model_type": "t5"}, "t5 is a decoder", id="encoder and decoder"),
+        pytest.param({"model_type": "bert", "is_decoder": True}, "bert is a decoder", id="bert as decoder"),
+        pytest.param(
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}},
+            "Code that comes with a checkpoint is never run", id="remote code",
+        ),
+        pytest.param({"model_type": "resnet"}, "the resnet configuration has no vocab_size", id="images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_traced_says_why(config: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(CheckpointError, match=reason):
+        read_config(tmp_path)
