@@ -14,7 +14,7 @@ from m3e import Encoder, InputError
 from m3e_export.pipeline import convert
 
 pytestmark = [
-    pytest.mark.interop,
+    pytest.mark.frameworks,
     # What these packages warn of is theirs to mend.
     pytest.mark.filterwarnings("ignore"),
 ]
