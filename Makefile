@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long test-interop check bench build clean
+.PHONY: help demo test test-long test-interop test-frameworks check bench build clean
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
