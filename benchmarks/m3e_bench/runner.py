@@ -132,9 +132,11 @@ class Run:
         self._bar.set_description(f"{model.name} {step}")
         for number in range(rounds):
             for engine in chosen if number % 2 == 0 else reversed(chosen):
-                self.once(
-                    f"{step}/{model.name}/{engine.name}/{number}", engine, model, lambda e, n=number: measure(e, n)
-                )
+
+                def turn(opened: OpenEngine, number: int = number) -> list[Series]:
+                    return measure(opened, number)
+
+                self.once(f"{step}/{model.name}/{engine.name}/{number}", engine, model, turn)
 
     def once(self, step: str, engine: Engine, model: Model, measure: Callable[[OpenEngine], list[Series]]) -> None:
         """Measure one step unless the journal has it; what fails is kept as the engine's problem."""

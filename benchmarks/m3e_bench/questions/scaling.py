@@ -6,6 +6,7 @@ Model size needs no measurement of its own: it is throughput over the models of 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from m3e_bench.models import Model
 from m3e_bench.record import Series
@@ -51,7 +52,7 @@ def _batches(run: Run, model: Model) -> None:
 
         def measure(opened: OpenEngine, number: int, rows: int = rows) -> list[Series]:
             opened.give("batches", sized_texts(32, 256))
-            request = {"name": "batches", "batch_size": rows}
+            request: dict[str, Any] = {"name": "batches", "batch_size": rows}
             opened.process.request("latency", count=1, **request)
             answer = opened.process.request("latency", count=max(1, 32 // rows), start=number, **request)
             seconds = sum(answer["milliseconds"]) / 1e3
