@@ -35,8 +35,8 @@ def process(tmp_path: Path) -> Iterator[EngineProcess]:
 
 
 def load(process: EngineProcess, bundle: Path) -> None:
-    arguments: dict[str, Any] = {"checkpoint": "", "folder": str(bundle), "options": {"precision": "fp32"}}
-    process.request("load", **arguments, threads=1)
+    options = {"precision": "fp32"}
+    process.request("load", checkpoint="", folder=str(bundle), options=options, threads=1)
 
 
 @pytest.fixture

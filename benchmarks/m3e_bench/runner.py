@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import sys
@@ -57,10 +56,6 @@ class OpenEngine:
         """Time one call with texts that it was given."""
         seconds: float = self.process.request("encode", name=name)["seconds"]
         return seconds
-
-
-def _turn(measure: Measure, number: int, opened: OpenEngine) -> list[Series]:
-    return measure(opened, number)
 
 
 class Run:
@@ -137,7 +132,10 @@ class Run:
         self._bar.set_description(f"{model.name} {step}")
         for number in range(rounds):
             for engine in chosen if number % 2 == 0 else reversed(chosen):
-                turn = functools.partial(_turn, measure, number)
+
+                def turn(opened: OpenEngine, number: int = number) -> list[Series]:
+                    return measure(opened, number)
+
                 self.once(f"{step}/{model.name}/{engine.name}/{number}", engine, model, turn)
 
     def once(self, step: str, engine: Engine, model: Model, measure: Callable[[OpenEngine], list[Series]]) -> None:

@@ -10,8 +10,8 @@ from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
 from m3e_bench.workloads import Workload, sized_texts
 
-_ESTIMATE_TEXTS = 64  # they show how long the whole takes
-_LENGTH_TOKENS = 2048  # of all texts of one length together
+_ESTIMATE_TEXTS = 32  # they show how long the whole takes
+_LENGTH_TOKENS = 1024  # of all texts of one length together
 
 
 def ask(run: Run, model: Model) -> None:
@@ -22,7 +22,7 @@ def ask(run: Run, model: Model) -> None:
         _measure(run, model, workload.name, texts, {"workload": workload.name}, run.budget.rounds)
     if model is run.models[0]:
         for length in run.budget.lengths:
-            texts = sized_texts(length, max(4, _LENGTH_TOKENS // length))
+            texts = sized_texts(length, max(2, _LENGTH_TOKENS // length))
             _measure(run, model, f"{length}-tokens", texts, {"length_tokens": length}, min(3, run.budget.rounds))
 
 
