@@ -12,14 +12,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "environments"
 # The build that the calling environment has, from the index that its pip is set to.
-TORCH = f"torch=={torch.__version__.split('+')[0]}"
+TORCH = f"torch=={metadata.version('torch').split('+')[0]}"
 
 
 def python_with(*requirements: str) -> Path:

@@ -23,6 +23,7 @@ PYTHON = {
     "optimum": OPTIMUM,
 }
 NODE = ("@huggingface/transformers@4.3.1", "onnxruntime-web@1.31.0-dev.20260914-8d85527a0")
+TRUNCATED = "word " * 700
 # Lengths from two tokens to beyond the limit: padding and truncation must be the tools' own doing.
 TEXTS = [
     "今天天气真好",
@@ -94,8 +95,14 @@ def test_node_tools_give_the_same_vectors(
     code += f"\nimport fs from 'node:fs';\nfs.writeFileSync({json.dumps(str(target))}, JSON.stringify(vectors));\n"
     run_node(node_with(*NODE), code, bundle.parents[1])
     vectors = np.array(json.loads(target.read_text()), dtype=np.float32)
-    # WebAssembly rounds activations that lie between two int8 steps to the other side now and then.
-    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6 if precision == "fp32" else 2e-2)
+    kept = [i for i, text in enumerate(TEXTS) if text != TRUNCATED]
+    if precision == "fp32":
+        np.testing.assert_allclose(vectors[kept], expected[kept], rtol=0, atol=2e-6)
+        # Its tokenizer cuts the closing [SEP] off, as the page says; once it does not, the page must be changed.
+        assert np.abs(vectors - expected).max() > 1e-4
+    else:
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
+        assert (np.einsum("nd,nd->n", vectors, expected) / norms)[kept].min() > 0.9999
 
 
 @pytest.mark.interop
