@@ -19,8 +19,9 @@ from m3e import Encoder
 ROOT = Path(__file__).parents[1]
 # Their blocks need packages beyond the runtime's, and some minutes.
 WITH_PEERS = {"integrations.md", "bulk.md"}
+MARKS = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 PAGES = [
-    pytest.param(name, marks=[pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")] if name in WITH_PEERS else [])
+    pytest.param(name, marks=MARKS if name in WITH_PEERS else [])
     for name in ("index.md", "migrate.md", "bulk.md", "integrations.md", "scores.md", "precision.md", "tune.md",
                  "operate.md", "zh/index.md", "zh/migrate.md", "zh/bulk.md", "zh/scores.md")
 ]  # fmt: skip
