@@ -4,7 +4,7 @@ MODEL ?=
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long test-interop check bench gpu-check build clean
+.PHONY: help demo test test-long test-interop test-frameworks check bench gpu-check build clean
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,10 +28,14 @@ test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
 
 test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
-	$(BIN)/python -m pytest -q -m "not interop" --timeout 3000
+	$(BIN)/python -m pytest -q -m "not interop and not frameworks" --timeout 3000
 
 test-interop: .venv/dev ## Run the other tools of docs/interop.md, and optimum, in environments of their own (pip, npm)
 	$(BIN)/python -m pytest -q -m interop --timeout 1200
+
+test-frameworks: .venv/dev ## Run the tests of vector stores, frameworks, Ray, Spark and the documentation (large packages)
+	$(BIN)/pip install --quiet -e ".[dev,frameworks]"
+	$(BIN)/python -m pytest -q -m frameworks --timeout 1200
 
 check: .venv/dev ## Lint, format and types; figures in the README against their records
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def make_content(found: Sequence[Series]) -> dict[str, Any]:
         "created": "2026-01-01T00:00:00+00:00",
         "seconds": 1.0,
         "settings": {
-            "threads": 2, "quick": True, "budget": {"rounds": 3}, "portions": {}, "bound_batches": {},
+            "threads": 2, "quick": True, "budget": {"rounds": 3}, "parts": {}, "bound_batches": {},
         },
         "code": {"version": "0.1.0", "commit": None, "changed_files": 0, "packages": {"numpy": "2.0"}},
         "machine": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,5 @@ if __name__ == "__main__":
     else:
         from m3e.cli.main import main
 
-        real = run.serve
-        run.serve = lambda settings, keys=(): real(  # type: ignore[assignment]
-            settings, keys, (sys.executable, str(Path(__file__)), "worker")
-        )
+        run.serve = partial(run.serve, worker_command=(sys.executable, str(Path(__file__)), "worker"))
         raise SystemExit(main(["serve", *sys.argv[1:]]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -24,12 +25,14 @@ from m3e.plan import attention_length, plan_batches
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e_export import modules
+from m3e_export.builder import GraphBuilder
 from m3e_export.calibrate import Int8Site, calibrate
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
-from m3e_export.encoder_math import FARTHEST, bias_by_distance
+from m3e_export.encoder_math import FARTHEST, FUNCTIONS, bias_by_distance
 from m3e_export.graph import build_graph
 from m3e_export.int8 import Int8Weights, quantize_rows
 from m3e_export.pipeline import convert
+from m3e_export.pooling_graph import append_function
 from m3e_export.quantize import calibration_ids
 from m3e_export.reference import numpy_token_embeddings
 from m3e_export.sources import LocalCheckpoint
@@ -114,7 +117,7 @@ def sites(kind: str) -> dict[str, Int8Site]:
     return calibrate(checkpoint, calibration_ids(checkpoint, None)[:80], levels * scales)[0]
 
 
-def embedder(kind: str, checkpoint: Checkpoint, precision: str) -> Callable[[list[str], int], Array]:
+def embedder(kind: str, checkpoint: Checkpoint, precision: str) -> Callable[..., Array]:
     """What `Encoder.encode` does, on a graph that is in no bundle."""
     weights = Int8Weights(checkpoint, sites(kind)) if precision == "int8" else None
     session = Session(build_graph(checkpoint, weights).SerializeToString(), num_threads=1)
@@ -259,3 +262,15 @@ def test_a_whole_conversion_with_a_head(tmp_path: Path) -> None:
     assert isinstance(ours, modules.Dense)
     np.testing.assert_array_equal(dense.linear.weight.detach().numpy(), ours.weight)
     assert isinstance(dense.activation_function, torch.nn.Tanh)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_are_the_same_in_graph_and_numpy(function: str) -> None:
+    builder = GraphBuilder(["input_ids"])
+    x = builder.op("Cast", "input_ids", to=onnx.TensorProto.FLOAT)
+    y = append_function(builder, function, builder.op("Mul", x, builder.const("step", 0.01, np.float32)))
+    model = builder.finish({"y": (y, ["batch", "seq_len"])})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=PROVIDERS)
+    steps = np.arange(-1000, 1000)[None]
+    (found,) = session.run(None, {"input_ids": steps})
+    np.testing.assert_allclose(found, FUNCTIONS[function](steps * 0.01), atol=2e-6)

@@ -35,8 +35,8 @@ def process(tmp_path: Path) -> Iterator[EngineProcess]:
 
 
 def load(process: EngineProcess, bundle: Path) -> None:
-    arguments = {"checkpoint": "", "folder": str(bundle), "options": {"precision": "fp32"}}
-    process.request("load", **arguments, threads=1)
+    options = {"precision": "fp32"}
+    process.request("load", checkpoint="", folder=str(bundle), options=options, threads=1)
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def test_an_engine_in_a_process_gives_the_vectors_that_it_gives_here(
     process.request("texts", name="some", texts=TEXTS)
     process.request("vectors", name="some", path=str(tmp_path / "v.npy"))
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), tiny_encoder.encode(TEXTS))
-    answer = process.request("encode", name="some", start=1, step=2)
-    assert answer["texts"] == 2
-    assert answer["seconds"] > 0
+    assert process.request("encode", name="some")["seconds"] > 0
     waits = process.request("latency", name="some", count=7, batch_size=2)["milliseconds"]
     assert len(waits) == 7
     assert min(waits) > 0

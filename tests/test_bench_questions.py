@@ -14,7 +14,14 @@ from m3e_bench.peers import ENGINES, choose
 from m3e_bench.questions.accuracy import compare_vectors, rank, spearman
 from m3e_bench.record import Series
 from m3e_bench.statistics import ratio
-from m3e_bench.workloads import accuracy_texts, check_data, labelled_pairs, sized_texts, speed_workloads
+from m3e_bench.workloads import (
+    accuracy_texts,
+    check_data,
+    every_nth_batch,
+    labelled_pairs,
+    sized_texts,
+    speed_workloads,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -92,6 +99,28 @@ def test_workloads_are_the_same_every_time_and_work_without_data(data_dir: Path 
         assert len({workload.sha256 for workload in first}) == 2
     assert labelled_pairs(None, "zh", None) == []
     assert len(accuracy_texts("en", 100)) >= 100
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_a_part_of_a_workload_costs_its_share_of_padding(n: int) -> None:
+    """The padded tokens of batches of 32, per text, are those of the whole; a random part would have more."""
+
+    def padded(texts: tuple[str, ...]) -> float:
+        ordered = sorted(texts, key=len, reverse=True)
+        return sum(len(ordered[i]) * len(ordered[i : i + 32]) for i in range(0, len(ordered), 32)) / len(texts)
+
+    lengths = np.random.default_rng(0).choice([10, 12, 15, 90, 200, 512], 512, p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.05])
+    whole = tuple(f"{i:05}".ljust(length, "字") for i, length in enumerate(lengths))
+    part = every_nth_batch(whole, n)
+    assert len(part) == len(set(part)) == 512 // n // 32 * 32 + 32 * (512 // 32 % n > n // 2)
+    assert set(part) <= set(whole)
+    assert part == every_nth_batch(whole, n)
+    waste, real = padded(part), float(np.mean([len(text) for text in part]))
+    batches = [sorted(whole, key=len, reverse=True)[i : i + 32] for i in range(0, 512, 32)]
+    kept = [batch for batch in batches if batch[0] in part]
+    assert all(set(batch) <= set(part) for batch in kept)
+    assert waste == pytest.approx(sum(len(batch[0]) for batch in kept) / len(kept))
+    assert real <= waste
 
 
 def test_the_public_sets_are_read_whole(data_dir: Path | None) -> None:

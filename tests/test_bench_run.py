@@ -29,7 +29,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(work: Path) -> list[str]:
     # openvino-int8 has an environment of its own, which a quick run does not make.
     engines = ["m3e-int8", "m3e-fp32", "openvino-int8"]
-    return ["--quick", "--models", "tiny", "--engines", *engines, "--work", str(work), "-o", str(work / "out" / "run")]
+    return ["--quick", "--models", "tiny", "--engines", *engines, "--work", str(work), "-o", str(work / "out" / "run"),
+            "--questions", *commands.QUESTIONS]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

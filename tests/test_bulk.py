@@ -23,7 +23,7 @@ import pytest
 
 import m3e
 from m3e import Encoder, InputError
-from m3e.bulk import durable, readers
+from m3e.bulk import readers
 from m3e.bulk.embed import Summary, embed
 from m3e.bulk.inputs import Input
 from m3e.bulk.records import Fields
@@ -279,8 +279,8 @@ def crash_points(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[str]:
 
         return failing
 
-    monkeypatch.setattr(durable.os, "replace", wrap(os.replace))
-    monkeypatch.setattr(durable.os, "fsync", wrap(os.fsync))
+    monkeypatch.setattr("m3e.bulk.durable.os.replace", wrap(os.replace))
+    monkeypatch.setattr("m3e.bulk.durable.os.fsync", wrap(os.fsync))
     monkeypatch.setattr("m3e.bulk.embed.shutil.rmtree", wrap(__import__("shutil").rmtree))
     monkeypatch.setattr(Path, "rename", wrap(Path.rename))
     monkeypatch.setattr(Path, "mkdir", wrap(Path.mkdir))

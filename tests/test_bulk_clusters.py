@@ -25,7 +25,7 @@ from m3e.bulk.records import Fields
 from m3e.bulk.vectors import VectorOptions
 from m3e.cli.main import main
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(280)]
 ROOT = str(Path(m3e.__file__).parents[1])
 
 

@@ -221,10 +221,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({CONFIG: {"num_attention_heads": 5}}, "hidden_size 64 is no multiple of num_attention_heads"),
     "no layers": ({CONFIG: {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
     "mistyped": ({CONFIG: {"vocab_size": "300"}}, "vocab_size is '300', expected a positive int"),
-    "two problems": (
-        {CONFIG: {"hidden_size": ..., "hidden_act": "mish"}},
-        "hidden_size is None, .*hidden_act is 'mish'",
-    ),
+    "two problems": ({CONFIG: {"hidden_size": ..., "hidden_act": "mish"}}, "hidden_size is None.*hidden_act is 'mish'"),
     "no config": ({CONFIG: None}, "is no checkpoint: it has no config.json"),
     "no weights": ({"model.safetensors": None}, "has no weights: .*found 1_Pooling, config.json"),
     "unknown pooling": ({POOLING: {"pooling_mode": ["mean", "splade"]}}, r"pooling mean \+ splade; expected some of"),
@@ -409,7 +406,8 @@ def test_weights_in_several_files(folder: Path, file: str) -> None:
     (folder / "model.safetensors").unlink()
     stem, suffix = file.split(".")
     save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
-    names, where = sorted(TENSORS), {}
+    names = sorted(TENSORS)
+    where: dict[str, str] = {}
     for i in range(2):
         part = {name: torch.from_numpy(TENSORS[name]) for name in names[i::2]}
         save(part, folder / f"{stem}-{i + 1:05}-of-00002.{suffix}")

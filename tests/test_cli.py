@@ -235,7 +235,10 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], arguments: lis
     assert "usage: m3e" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["encode", "embed", "calibrate", "info", "verify", "convert"])
+COMMANDS = ["bench", "calibrate", "convert", "embed", "encode", "export-triton", "info", "serve", "verify"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -249,7 +252,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for command in ("encode", "embed", "calibrate", "info", "verify", "convert"):
+    for command in COMMANDS:
         assert f"\n    {command} " in said
 
 

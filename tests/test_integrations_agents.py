@@ -12,7 +12,7 @@ import pytest
 import m3e
 from m3e import Encoder
 
-pytestmark = [pytest.mark.interop, pytest.mark.checkout, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.checkout, pytest.mark.timeout(290)]
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-agents"
 
 SENTENCE_TRANSFORMERS = """

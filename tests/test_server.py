@@ -470,7 +470,7 @@ def test_the_expansion_is_scikit_learns(width: int) -> None:
     if width <= 64:
         reference = PolynomialFeatures(degree=2).fit_transform(rows)[:, :1536]
     else:  # the full square would be large; its first 1536 columns need only the first few inputs
-        first = [np.ones((2, 1)), rows] + [rows[:, i : i + 1] * rows[:, i:] for i in range(3)]
+        first = [np.ones((2, 1), np.float32), rows, *(rows[:, i : i + 1] * rows[:, i:] for i in range(3))]
         reference = np.concatenate(first, axis=1)[:, :1536]
     np.testing.assert_allclose(expand(rows)[:, : reference.shape[1]], reference, rtol=1e-6)
     assert not expand(rows)[:, reference.shape[1] :].any()

@@ -72,7 +72,7 @@ def test_hugging_face_inference_client(server: Server, expected: np.ndarray[Any,
     np.testing.assert_array_equal(np.asarray(rows, dtype=np.float32).reshape(-1), expected[0])
 
 
-@pytest.mark.interop
+@pytest.mark.frameworks
 def test_langchain(server: Server, expected: np.ndarray[Any, Any]) -> None:
     module = importlib.import_module("langchain_openai")
     arguments = {"model": "tiny", "base_url": f"{server.url}/v1", "api_key": KEY}
@@ -81,7 +81,7 @@ def test_langchain(server: Server, expected: np.ndarray[Any, Any]) -> None:
     np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), expected[0])
 
 
-@pytest.mark.interop
+@pytest.mark.frameworks
 def test_llama_index(server: Server, expected: np.ndarray[Any, Any]) -> None:
     module = importlib.import_module("llama_index.embeddings.openai")
     embedding = module.OpenAIEmbedding(model_name="tiny", api_base=f"{server.url}/v1", api_key=KEY)
@@ -89,7 +89,7 @@ def test_llama_index(server: Server, expected: np.ndarray[Any, Any]) -> None:
     np.testing.assert_array_equal(np.array(rows, dtype=np.float32), expected)
 
 
-@pytest.mark.interop
+@pytest.mark.frameworks
 def test_chroma(server: Server, expected: np.ndarray[Any, Any]) -> None:
     module = importlib.import_module("chromadb.utils.embedding_functions")
     rows = module.HuggingFaceEmbeddingServer(url=f"{server.url}/embed")(TEXTS)

@@ -11,7 +11,7 @@ class Budget:
 
     Attributes:
         rounds: Turns of each engine for each figure; the engines take them in turn.
-        turn_s: Longest turn of the slowest engine; a longer workload is cut into portions, one a round.
+        turn_s: Longest turn of the slowest engine; of a longer workload a part is encoded.
         latency_turn_s: Time of a turn of single requests.
         latency_cases: Tokens of a text and texts of a request, closed loop.
         rates_per_s: Requests a second, open loop.

@@ -71,7 +71,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=available_threads(), help="of each engine (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, help="turns of each engine for each figure")
-    parser.add_argument("--questions", nargs="+", choices=commands.QUESTIONS, default=list(commands.QUESTIONS))
+    parser.add_argument(
+        "--questions", nargs="+", choices=commands.QUESTIONS, help="default: all; a quick run leaves scaling out"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="STEM", help="writes STEM.json, .html and .md (default: .bench/report)"
     )

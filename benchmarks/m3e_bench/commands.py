@@ -47,15 +47,17 @@ def run(parsed: argparse.Namespace) -> None:
     names = parsed.engines if parsed.engines or not parsed.quick else list(peers.QUICK)
     engines = peers.choose(names, parsed.endpoint)
     data = check_data(parsed.data) if parsed.data else None
-    needs = {"roofline", "scaling", "memory"} & set(parsed.questions)
-    if needs and "throughput" not in parsed.questions:
-        raise InputError(f"{', '.join(sorted(needs))} use the portions that throughput decides; ask throughput too")
+    questions = parsed.questions or [name for name in QUESTIONS if not (parsed.quick and name == "scaling")]
+    needs = {"roofline", "scaling", "memory"} & set(questions)
+    if needs and "throughput" not in questions:
+        asked = ", ".join(sorted(needs))
+        raise InputError(f"{asked}: the parts of the workloads are decided by throughput; ask throughput too")
     with Run(
         models, accuracy_models, engines, data, parsed.work, parsed.threads, bounds,
         quick=parsed.quick, fresh=parsed.fresh,
     ) as current:  # fmt: skip
         for model in models + accuracy_models:
-            for name in parsed.questions if model in models else ["accuracy"]:
+            for name in questions if model in models else ["accuracy"]:
                 QUESTIONS[name].ask(current, model)
             current.close_all()
         content = current.record()

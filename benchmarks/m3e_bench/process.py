@@ -60,7 +60,7 @@ class EngineProcess:
         """Of the process."""
         return self._process.pid
 
-    def request(self, operation: str, timeout_s: float = 900, **arguments: Any) -> dict[str, Any]:
+    def request(self, operation: str, /, timeout_s: float = 900, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer.
 
         Raises:

@@ -106,7 +106,7 @@ class Journal:
     @property
     def seconds(self) -> float:
         """Time that all finished steps took."""
-        return sum(entry.get("seconds", 0.0) for entry in self._steps.values())
+        return float(sum(entry.get("seconds", 0.0) for entry in self._steps.values()))
 
     def series(self) -> list[Series]:
         """Everything measured; rounds of one quantity are put together, in order."""

@@ -25,7 +25,7 @@ from m3e_bench.models import Model
 from m3e_bench.peers import Engine
 from m3e_bench.process import EngineProcess
 from m3e_bench.record import SCHEMA_VERSION, Journal, Series
-from m3e_bench.workloads import Workload, data_hashes, sized_texts, speed_workloads
+from m3e_bench.workloads import Workload, data_hashes, every_nth_batch, sized_texts, speed_workloads
 
 Measure = Callable[["OpenEngine", int], list[Series]]
 
@@ -52,10 +52,10 @@ class OpenEngine:
             self.process.request("texts", name=name, texts=list(texts))
             self.texts.add(name)
 
-    def seconds(self, name: str, start: int = 0, step: int = 1) -> tuple[float, int]:
-        """Encode a portion of texts that it was given: seconds and number of texts."""
-        answer = self.process.request("encode", name=name, start=start, step=step)
-        return answer["seconds"], answer["texts"]
+    def seconds(self, name: str) -> float:
+        """Time one call with texts that it was given."""
+        seconds: float = self.process.request("encode", name=name)["seconds"]
+        return seconds
 
 
 class Run:
@@ -132,9 +132,11 @@ class Run:
         self._bar.set_description(f"{model.name} {step}")
         for number in range(rounds):
             for engine in chosen if number % 2 == 0 else reversed(chosen):
-                self.once(
-                    f"{step}/{model.name}/{engine.name}/{number}", engine, model, lambda e, n=number: measure(e, n)
-                )
+
+                def turn(opened: OpenEngine, number: int = number) -> list[Series]:
+                    return measure(opened, number)
+
+                self.once(f"{step}/{model.name}/{engine.name}/{number}", engine, model, turn)
 
     def once(self, step: str, engine: Engine, model: Model, measure: Callable[[OpenEngine], list[Series]]) -> None:
         """Measure one step unless the journal has it; what fails is kept as the engine's problem."""
@@ -167,6 +169,10 @@ class Run:
         for opened in self._open.values():
             opened.process.close()
         self._open.clear()
+
+    def sample(self, workload: Workload, model: Model) -> tuple[str, ...]:
+        """The part of a workload that every turn encodes; throughput has decided how large it is."""
+        return every_nth_batch(workload.texts, self.journal.fact(f"parts/{workload.name}/{model.name}"))
 
     def problem(self, engine: Engine, model: Model) -> str | None:
         """Why an engine does not run with a model, if it does not."""
@@ -202,7 +208,7 @@ class Run:
                 "threads": self.threads,
                 "quick": self.quick,
                 "budget": dataclasses.asdict(self.budget),
-                "portions": dict(self.journal.facts("portions/")),
+                "parts": dict(self.journal.facts("parts/")),
                 "bound_batches": dict(self.journal.facts("roofline batch/")),
             },
             "code": describe_code(),

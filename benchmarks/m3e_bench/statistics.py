@@ -61,7 +61,7 @@ def resampled_change(
     percent = _PERCENTS[statistic]
     whole = [[np.asarray(group) for group in rounds] for rounds in (old, new)]
 
-    def draw(rounds: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    def draw(rounds: list[np.ndarray[Any, Any]]) -> Any:
         if len(rounds) < 3:
             flat = np.concatenate(rounds)
             return np.percentile(flat[rng.integers(0, len(flat), (draws, len(flat)))], percent, axis=1)

@@ -19,6 +19,8 @@ import numpy as np
 from m3e import InputError
 from m3e_export.texts import corpus
 
+_PEERS_BATCH = 32  # sentence-transformers' default
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -77,6 +79,21 @@ def speed_workloads(data: Path | None) -> list[Workload]:
             "500 texts from LCQMC and STS-B test and SOHU 2021 (weighted 4:1), numpy default_rng(0)",
         ),
     ]  # fmt: skip
+
+
+def every_nth_batch(texts: Sequence[str], n: int) -> tuple[str, ...]:
+    """Cut a workload down to a part of itself that costs every engine its share.
+
+    The peers sort by length and pad batches of 32. Fewer texts drawn at random would make batches of more unlike
+    lengths, and the padding would cost more than it does in the whole. So whole batches of the sorted texts are kept,
+    every n-th of them; their texts are shuffled, since not every engine sorts.
+    """
+    if n == 1:
+        return tuple(texts)
+    ordered = sorted(texts, key=len, reverse=True)
+    batches = [ordered[start : start + _PEERS_BATCH] for start in range(0, len(ordered), _PEERS_BATCH)]
+    kept = [text for batch in batches[n // 2 :: n] for text in batch]
+    return tuple(kept[i] for i in np.random.default_rng(0).permutation(len(kept)))
 
 
 def sized_texts(length: int, count: int, seed: int = 0) -> tuple[str, ...]:

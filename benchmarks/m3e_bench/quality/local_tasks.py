@@ -19,7 +19,7 @@ def local_tasks(data: Path | None, language: str, limit: int | None) -> list[dic
         language: ``zh`` or ``en``.
         limit: Pairs of a set; None for all.
     """
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     for pairs in labelled_pairs(data, language, limit) or [_from_corpus(language, limit or 200)]:
         alike = [i for i, score in enumerate(pairs.scores) if score >= (1 if "lcqmc" in pairs.name else 4)]
         tasks += [

@@ -85,7 +85,8 @@ def _vectors(opened: OpenEngine, name: str, texts: Sequence[str]) -> Array:
         path = Path(place) / "vectors.npy"
         opened.process.request("vectors", name=f"accuracy {name}", path=str(path))
         vectors: Array = np.load(path)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
 
 
 def compare_vectors(vectors: Array, expected: Array) -> dict[str, float]:

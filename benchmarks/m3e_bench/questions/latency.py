@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from m3e_bench.models import Model
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
@@ -23,12 +25,10 @@ def _closed(run: Run, model: Model, length: int, batch_size: int) -> None:
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         opened.give(name, sized_texts(length, 256))
-        request = {"name": name, "batch_size": batch_size}
-        case = f"{name} {batch_size}"
+        request: dict[str, Any] = {"name": name, "batch_size": batch_size}
         # The warm-up also says how many requests a turn holds; at least 20, that a p95 means something.
         first = opened.process.request("latency", count=_WARM_UP, **request)["milliseconds"]
         count = min(400, max(20, int(run.budget.latency_turn_s * 1e3 / min(first))))
-        opened.warm.add(case)
         answer = opened.process.request("latency", count=count, start=number * 37, **request)
         parameters = {"loop": "closed", "length_tokens": length, "batch_size": batch_size}
         return [_series(model, opened, tuple(answer["milliseconds"]), parameters)]

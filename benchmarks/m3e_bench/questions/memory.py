@@ -8,7 +8,7 @@ from m3e_bench.runner import OpenEngine, Run
 
 
 def ask(run: Run, model: Model) -> None:
-    """Let a new process encode every workload whole, and read its memory.
+    """Let a new process encode the workloads, and read its memory.
 
     The processes that were timed have seen other texts meanwhile, or are those of a resumed run.
     """
@@ -18,11 +18,9 @@ def ask(run: Run, model: Model) -> None:
         process = opened.process
         if not process.request("memory")["resident_bytes"]:
             return []  # a server somewhere else
-        portions = {}
         for workload in run.workloads:
-            opened.give(workload.name, workload.texts)
-            portions[workload.name] = run.journal.fact(f"portions/{workload.name}/{model.name}")
-            opened.seconds(workload.name, 0, portions[workload.name])
+            opened.give(workload.name, run.sample(workload, model))
+            opened.seconds(workload.name)
         answer = process.request("memory")
         return [
             Series(

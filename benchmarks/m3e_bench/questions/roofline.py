@@ -28,7 +28,7 @@ def ask(run: Run, model: Model) -> None:
             best = _best_batch(run, model, bound)
             if best is not None:
                 for workload in run.workloads:
-                    _side_by_side(run, model, workload.name, workload.texts, engine, bound, best)
+                    _side_by_side(run, model, workload.name, run.sample(workload, model), engine, bound, best)
             _profile(run, model, engine)
 
 
@@ -36,20 +36,20 @@ def _best_batch(run: Run, model: Model, bound: Engine) -> dict[str, int] | None:
     """Find the rows and the number of workers with which the products are fastest: the strictest bound."""
     fact = f"roofline batch/{bound.name}/{model.name}"
     if fact not in run.journal:
-        found: dict[tuple[int, int], float] = {}
 
         def search(opened: OpenEngine) -> list[Series]:
+            found: dict[tuple[int, int], float] = {}
             for rows, workers in itertools.product(_BATCH_TOKENS, sorted({1, run.threads})):
                 request = {"tokens": 2048, "batch_tokens": rows, "workers": workers}
-                answers = [opened.process.request("call", method="run", **request) for _ in range(2)]
-                found[rows, workers] = max(answer["tokens"] / answer["seconds"] for answer in answers)
+                answer = opened.process.request("call", method="run", **request)
+                found[rows, workers] = answer["tokens"] / answer["seconds"]
+            rows, workers = max(found, key=lambda case: found[case])
+            run.journal.keep_fact(fact, {"batch_tokens": rows, "workers": workers})
             return []
 
         run.once(f"roofline search/{model.name}/{bound.name}", bound, model, search)
-        if not found:
+        if fact not in run.journal:
             return None
-        rows, workers = max(found, key=lambda case: found[case])
-        run.journal.keep_fact(fact, {"batch_tokens": rows, "workers": workers})
     best: dict[str, int] = run.journal.fact(fact)
     return best
 
@@ -58,20 +58,16 @@ def _side_by_side(
     run: Run, model: Model, name: str, texts: tuple[str, ...], engine: Engine, bound: Engine, best: dict[str, int]
 ) -> None:
     """Tokens a second of ours and of the bound, round by round."""
-    portions = run.journal.fact(f"portions/{name}/{model.name}")
-    counts = _token_counts(run, model, texts)
+    tokens = int(_token_counts(run, model, texts).sum())
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
-        start = number % portions
-        tokens = int(counts[start::portions].sum())
         if opened.engine is bound:
             answer = opened.process.request("call", method="run", tokens=tokens, **best)
             rate = answer["tokens"] / answer["seconds"]
         else:
             opened.give(name, texts)
-            opened.seconds(name, start, portions * 2)
-            seconds, _ = opened.seconds(name, start, portions)
-            rate = tokens / seconds
+            opened.seconds(name)
+            rate = tokens / opened.seconds(name)
         return [
             Series(
                 "roofline", "tokens_per_s", "1/s", "higher", model.name, opened.engine.name, ((rate,),),
@@ -83,13 +79,12 @@ def _side_by_side(
 
 
 def _profile(run: Run, model: Model, engine: Engine) -> None:
-    """Seconds of each operator type on a portion of each workload."""
+    """Seconds of each operator type on a part of each workload."""
     for workload in run.workloads:
-        portions = run.journal.fact(f"portions/{workload.name}/{model.name}")
+        texts = run.sample(workload, model)
 
-        def measure(opened: OpenEngine, name: str = workload.name, texts: Any = workload.texts,
-                    portions: int = portions) -> list[Series]:  # fmt: skip
-            answer = opened.process.request("call", method="profile", texts=list(texts[::portions]))
+        def measure(opened: OpenEngine, name: str = workload.name, texts: Any = texts) -> list[Series]:
+            answer = opened.process.request("call", method="profile", texts=list(texts))
             return [
                 Series(
                     "roofline", "operator_s", "s", "neither", model.name, opened.engine.name, ((seconds,),),

@@ -6,6 +6,7 @@ Model size needs no measurement of its own: it is throughput over the models of 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from m3e_bench.models import Model
 from m3e_bench.record import Series
@@ -26,35 +27,34 @@ def _threads(run: Run, model: Model) -> None:
     """Sentences a second with 1, 2, 4, ... threads up to all."""
     workload = run.workloads[0]
     counts = sorted({*itertools.takewhile(lambda n: n < run.threads, (2**i for i in range(10))), run.threads})
-    portions = run.journal.fact(f"portions/{workload.name}/{model.name}")
+    texts = run.sample(workload, model)
     for threads in counts:
 
         def measure(opened: OpenEngine, number: int, threads: int = threads) -> list[Series]:
             if opened.engine.module == "openai_http":
                 return []
             process = opened.process
-            opened.give(workload.name, workload.texts)
+            opened.give(workload.name, texts)
             if f"{threads} threads" not in opened.warm:
                 process.request("load", **run.launcher.arguments(opened.engine, model), threads=threads)
                 opened.warm = {f"{threads} threads"}
-                opened.seconds(workload.name, 0, 2 * portions)
-            seconds, count = opened.seconds(workload.name, number % portions, portions)
+                opened.seconds(workload.name)
             parameters = {"by": "threads", "threads": threads, "workload": workload.name}
-            return [_series(model, opened, count / seconds, parameters)]
+            return [_series(model, opened, len(texts) / opened.seconds(workload.name), parameters)]
 
         run.interleave(f"scaling {threads} threads", model, measure, rounds=min(3, run.budget.rounds))
     run.close_all()  # whoever asks next wants all threads again
 
 
 def _batches(run: Run, model: Model) -> None:
-    """Sentences a second when a caller brings 1, 4, 16 and 64 texts of 32 tokens at once."""
-    for rows in (1, 4, 16, 64):
+    """Sentences a second when a caller brings 1, 8 and 64 texts of 32 tokens at once."""
+    for rows in (1, 8, 64):
 
         def measure(opened: OpenEngine, number: int, rows: int = rows) -> list[Series]:
             opened.give("batches", sized_texts(32, 256))
-            request = {"name": "batches", "batch_size": rows}
-            opened.process.request("latency", count=2, **request)
-            answer = opened.process.request("latency", count=max(2, 64 // rows), start=number, **request)
+            request: dict[str, Any] = {"name": "batches", "batch_size": rows}
+            opened.process.request("latency", count=1, **request)
+            answer = opened.process.request("latency", count=max(1, 32 // rows), start=number, **request)
             seconds = sum(answer["milliseconds"]) / 1e3
             rate = len(answer["milliseconds"]) * rows / seconds
             return [_series(model, opened, rate, {"by": "batch_tokens", "batch_tokens": 32 * rows})]
@@ -70,11 +70,11 @@ def _corpora(run: Run, model: Model) -> None:
 
         def measure(opened: OpenEngine, number: int, size: int = size, texts: list[str] = texts) -> list[Series]:
             opened.give(f"corpus of {size}", texts)
-            seconds, count = opened.seconds(f"corpus of {size}")
+            seconds = opened.seconds(f"corpus of {size}")
             parameters = {"by": "corpus_texts", "corpus_texts": size}
             resident = opened.process.request("memory")["resident_bytes"] / 1e6
             return [
-                _series(model, opened, count / seconds, parameters),
+                _series(model, opened, size / seconds, parameters),
                 Series(
                     "scaling", "resident_mb", "MB", "lower", model.name, opened.engine.name, ((resident,),), parameters
                 ),

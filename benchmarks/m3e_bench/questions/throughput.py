@@ -8,62 +8,58 @@ from collections.abc import Sequence
 from m3e_bench.models import Model
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
-from m3e_bench.workloads import sized_texts
+from m3e_bench.workloads import Workload, sized_texts
 
-_SAMPLE = 64  # texts that show how long the whole takes
-_LENGTH_TOKENS = 2048  # of all texts of one length together
+_ESTIMATE_TEXTS = 32  # they show how long the whole takes
+_LENGTH_TOKENS = 1024  # of all texts of one length together
 
 
 def ask(run: Run, model: Model) -> None:
     """Measure the workloads, and on the first model each length too."""
     for workload in run.workloads:
-        portions = _portions(run, model, workload.name, workload.texts, run.budget.turn_s)
-        parameters = {"workload": workload.name}
-        _measure(run, model, workload.name, workload.texts, parameters, portions, run.budget.rounds)
+        _decide_parts(run, model, workload)
+        texts = run.sample(workload, model)
+        _measure(run, model, workload.name, texts, {"workload": workload.name}, run.budget.rounds)
     if model is run.models[0]:
         for length in run.budget.lengths:
-            texts = sized_texts(length, max(4, _LENGTH_TOKENS // length))
-            _measure(run, model, f"{length}-tokens", texts, {"length_tokens": length}, 1, min(3, run.budget.rounds))
+            texts = sized_texts(length, max(2, _LENGTH_TOKENS // length))
+            _measure(run, model, f"{length}-tokens", texts, {"length_tokens": length}, min(3, run.budget.rounds))
 
 
 def _measure(
-    run: Run, model: Model, name: str, texts: Sequence[str], parameters: dict[str, object], portions: int, rounds: int
+    run: Run, model: Model, name: str, texts: Sequence[str], parameters: dict[str, object], rounds: int
 ) -> None:
-    """Measure sentences a second over a list of texts.
-
-    Every engine encodes the same portion in the same round. With n portions, portion i is every n-th text from the
-    i-th on, so that all are alike.
-    """
+    """Measure sentences a second over a list of texts, the same in every round."""
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         opened.give(name, texts)
         if name not in opened.warm:
-            opened.seconds(name, portions - 1, portions)
+            opened.seconds(name)
             opened.warm.add(name)
-        seconds, count = opened.seconds(name, number % portions, portions)
-        engine, samples = opened.engine.name, ((count / seconds,),)
+        engine, samples = opened.engine.name, ((len(texts) / opened.seconds(name),),)
         return [Series("throughput", "sentences_per_s", "1/s", "higher", model.name, engine, samples, parameters)]
 
     run.interleave(f"throughput {name}", model, measure, rounds=rounds)
 
 
-def _portions(run: Run, model: Model, name: str, texts: Sequence[str], turn_s: float) -> int:
-    """Find how many portions keep the slowest engine's turn within ``turn_s``; decided once, then kept."""
-    fact = f"portions/{name}/{model.name}"
-    if fact not in run.journal:
-        slowest = 0.0
-        step = max(1, len(texts) // _SAMPLE)
+def _decide_parts(run: Run, model: Model, workload: Workload) -> None:
+    """Find how small a part keeps the slowest engine's turn within the budget; decided once, then kept."""
+    fact = f"parts/{workload.name}/{model.name}"
+    if fact in run.journal:
+        return
+    estimates = f"whole workload in seconds/{workload.name}/{model.name}/"
+    step = max(1, len(workload.texts) // _ESTIMATE_TEXTS)
+    few, fewer = workload.texts[::step], workload.texts[:: step * 4]
 
-        def estimate(opened: OpenEngine) -> list[Series]:
-            nonlocal slowest
-            opened.give(name, texts)
-            opened.seconds(name, 0, step * 4)
-            seconds, count = opened.seconds(name, 0, step)
-            slowest = max(slowest, seconds / count * len(texts))
-            return []
+    def estimate(opened: OpenEngine) -> list[Series]:
+        for name, texts in (("warm-up", fewer), ("estimate", few)):
+            opened.give(f"{name} {workload.name}", texts)
+            seconds = opened.seconds(f"{name} {workload.name}")
+        run.journal.keep_fact(estimates + opened.engine.name, seconds / len(few) * len(workload.texts))
+        return []
 
-        for engine in run.engines:
-            run.once(f"estimate {name}/{model.name}/{engine.name}", engine, model, estimate)
-        run.journal.keep_fact(fact, min(max(1, math.ceil(slowest / turn_s)), max(1, len(texts) // 16)))
-    portions: int = run.journal.fact(fact)
-    return portions
+    for engine in run.engines:
+        run.once(f"estimate {workload.name}/{model.name}/{engine.name}", engine, model, estimate)
+    slowest = max((seconds for _, seconds in run.journal.facts(estimates)), default=0.0)
+    # At least two batches of 32 are left.
+    run.journal.keep_fact(fact, min(max(1, math.ceil(slowest / run.budget.turn_s)), max(1, len(workload.texts) // 64)))

@@ -85,11 +85,11 @@ def lines(
             height += 18
     else:
         height = bottom + 40.0
-        for place, (_, engine) in zip(_apart([end for end, _ in ends], 15), ends, strict=True):
+        for at_y, (_, engine) in zip(_apart([end for end, _ in ends], 15), ends, strict=True):
             strong = "strong" if kinds[engine].startswith("ours") else ""
-            parts.append(svg.circle(x.end + 14, place, 4, kinds[engine]))
-            parts.append(svg.text(x.end + 22, place + 4, titles[engine], kind=strong))
-            height = max(height, place + 12)
+            parts.append(svg.circle(x.end + 14, at_y, 4, kinds[engine]))
+            parts.append(svg.text(x.end + 22, at_y + 4, titles[engine], kind=strong))
+            height = max(height, at_y + 12)
     return svg.figure(width, height, parts, name)
 
 

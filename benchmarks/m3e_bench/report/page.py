@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -208,7 +209,7 @@ class _Page:
                 answered = self._record.find("answered_share", model=model, engine=one.engine, **one.parameters)
                 late = " ▲" if answered and median(answered[0]) < 0.99 else ""
                 items.append((self._titles.get(one.engine, one.engine) + late, self._kind(one.engine), one.flat))
-            drawn = _both(lambda width, items=items, heading=heading: charts.ridges(items, width, "ms", heading))
+            drawn = _both(functools.partial(charts.ridges, items, unit="ms", name=heading))
             cards.append(_card(heading, note, drawn))
         return cards
 
