@@ -1,8 +1,9 @@
 """A CUDA graph on a machine without a GPU: its kernels, written out in standard operators.
 
 Each of onnxruntime's CUDA kernels becomes the arithmetic that it does, in FP32 and rounded where it stores: what the
-exporter certifies is the very file that will be published. On the CPU provider every other FP16 operator is computed
-in FP32 and rounded as well.
+exporter certifies is the very file that will be published. The CPU provider computes every other FP16 operator in FP32
+as well; so that it rounds each result, too, and overflows where a GPU would, something must stand between the operators
+that is FP16 and no cast, for it removes pairs of casts that it has put there itself.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ def emulated_session(data: bytes, target: str) -> Session:
         data: The ONNX file's bytes.
         target: ``cuda`` or ``tensorrt``.
     """
-    if target == "tensorrt":  # standard operators already
-        return Session(data, num_threads=available_threads(), feed=lambda input_ids, _: rectangle(input_ids))
+    lay_out = {"cuda": pack, "tensorrt": rectangle}[target]
     rewritten = emulate(onnx.load_from_string(data)).SerializeToString()
-    return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: pack(input_ids))
+    return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: lay_out(input_ids))
 
 
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -65,8 +65,27 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
         shape = item.type.tensor_type.shape
         outputs[item.name] = names[node.input[0]], [size.dim_param or size.dim_value for size in shape.dim]
     rewritten = b.finish(outputs)
+    _round_everything(rewritten)
     onnx.shape_inference.infer_shapes(rewritten, check_type=True, strict_mode=True)
     return rewritten
+
+
+def _round_everything(model: onnx.ModelProto) -> None:
+    """Put a Reshape to its own shape behind every operator that gives FP16."""
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    half = {
+        item.name for item in inferred.graph.value_info if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        name = node.output[0]
+        if name in half:
+            exact, shape = f"{name}/exact", f"{name}/shape"
+            model.graph.node[-1].output[0] = exact
+            model.graph.node.append(helper.make_node("Shape", [exact], [shape]))
+            model.graph.node.append(helper.make_node("Reshape", [exact, shape], [name]))
 
 
 def _float(b: GraphBuilder, name: str) -> str:

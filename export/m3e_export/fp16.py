@@ -67,6 +67,12 @@ class HalfBuilder(GraphBuilder):
         """Add weights in the element type of their site."""
         return self.const(name, tensor, helper.tensor_dtype_to_np_dtype(dtype))
 
+    def scalar(self, name: str, value: float, dtype: int) -> str:
+        """Add a constant without dimensions: a scale with one would be per channel."""
+        array = np.array(value, helper.tensor_dtype_to_np_dtype(dtype))
+        self._initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
     def watch(self, site: str, *values: str) -> None:
         """Name values that are FP16 when the site is."""
         self.watched += [(site, value) for value in values]

@@ -105,7 +105,7 @@ class _Graph:
         split = [b.op("Reshape", part, b.int64(0, 0, heads, head_size)) for part in parts]
         query, value = (b.op("Transpose", split[k], perm=[0, 2, 1, 3]) for k in (0, 2))
         if site in self.int8_sites:  # whose weights are levels, and cannot take the factor up
-            scale = b.weight("query_scale", np.array(1 / math.sqrt(head_size), np.float32), dtype)
+            scale = b.scalar(f"{site}.query_scale", 1 / math.sqrt(head_size), dtype)
             query = b.op("Mul", query, scale)
         scores = b.op("MatMul", query, b.op("Transpose", split[1], perm=[0, 2, 3, 1]))
         b.watch(site, *parts, scores, b.cast(hidden, dtype))
@@ -160,8 +160,8 @@ class _Graph:
         b = self.builder
         if quantized.divisor is not None:
             x = b.op("Mul", x, b.weight(f"{site}.smoothing", 1 / quantized.divisor, FLOAT16))
-        scale = b.weight(f"{site}.scale", np.array(_symmetric_scale(quantized), np.float32), FLOAT16)
-        zero = b.const("zero_int8", 0, np.int8)
+        scale = b.scalar(f"{site}.scale", _symmetric_scale(quantized), FLOAT16)
+        zero = b.scalar("zero_int8", 0, onnx.TensorProto.INT8)
         x = b.op("DequantizeLinear", b.op("QuantizeLinear", x, scale, zero), scale, zero)
         outputs = []
         for name in names:
@@ -182,7 +182,7 @@ class _Graph:
         b, cells = self.builder, self.builder.cast(hidden, FLOAT)
         (pooling,) = self.checkpoint.pooling
         if pooling == "cls":
-            embedding = b.op("Gather", cells, b.const("zero", 0, np.int64), axis=1)
+            embedding = b.op("Squeeze", b.op("Gather", cells, b.int64(0), axis=1), b.int64(1))
         elif pooling == "mean":
             mask = b.op("Unsqueeze", self.mask, b.int64(2))
             total = b.op("ReduceSum", b.op("Where", mask, cells, b.const("zero_float", 0, np.float32)), b.int64(1),
