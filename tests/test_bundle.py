@@ -52,7 +52,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         graphs.append(model)
         raise InterruptedError
 
-    monkeypatch.setattr("m3e.encoder.Session", session)
+    monkeypatch.setattr("m3e.backends.Session", session)
     return graphs
 
 

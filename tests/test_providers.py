@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, backends, gpu, providers
-from m3e import encoder as encoder_module
+from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, backends, gpu, providers, running
 from m3e.cuda_session import BUCKETS, CudaSession, batch_tokens
 from m3e.feeds import pack, rectangle
 from m3e.gpu import PinnedBuffer
@@ -128,7 +127,7 @@ def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
     gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Encoder(gpu_bundle, device="auto").device == "cpu"  # this onnxruntime has no other
-    monkeypatch.setattr(encoder_module, "has_provider", lambda provider: provider == CUDA)
+    monkeypatch.setattr(running, "has_provider", lambda provider: provider == CUDA)
     assert Encoder(gpu_bundle, device="auto").device == "cuda"
 
     def fail(device_id: int) -> None:
@@ -284,7 +283,7 @@ def test_many_windows_are_put_back_in_order(
     encoder = Encoder(gpu_bundle, device="cuda")
     exact = unit(Encoder(gpu_bundle).encode(texts))
     assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
-    with pytest.warns(UserWarning, match=r"2 of 20 texts are longer.*the first is text 8 with 602 tokens"):
+    with pytest.warns(UserWarning, match=r"2 of 20 texts are longer.*the first is text 8, with at least 602 tokens"):
         encoder.encode([*texts[:8], "长" * 600, *texts[:10], "长" * 700])
 
 

@@ -112,8 +112,8 @@ def convert(
     check_target(target, force)
     texts = None if calibration is None else _read_texts(calibration)
     pairs = [] if evaluation is None else read_pairs(evaluation)
+    report(f"reading {checkpoint if isinstance(checkpoint, str) else checkpoint.id}")
     source = fetch_checkpoint(checkpoint, revision) if isinstance(checkpoint, str) else checkpoint
-    report(f"reading {source.id}")
     config = optimum_frontend.read_config(encoder_folder(source.folder)) if traced else None
     loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize, config=config)
     for kind in kinds:
