@@ -1,9 +1,10 @@
 # `make demo` and `make test` work in a fresh clone: Python 3.11 or newer and a package index are all they need.
 PYTHON ?= python3
 MODEL ?=
+ARGS ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long test-interop test-frameworks check bench build clean
+.PHONY: help demo test test-long test-interop test-frameworks check bench build clean gpu-check
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,10 @@ check: .venv/dev ## Lint, format and types; figures in the README against their 
 
 bench: .venv/dev ## Measure for two minutes: record, tables and page under .bench (all peers: python -m benchmarks --help)
 	$(BIN)/python -m benchmarks --quick
+
+# With the packages of PYTHON as they are: a machine with a GPU has its own onnxruntime-gpu and torch.
+gpu-check: ## Parity and speed on this machine's NVIDIA card (ARGS=--help), with PYTHON's own packages
+	PYTHONPATH=runtime:export:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 build: .venv/dev ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation

@@ -39,6 +39,14 @@ def token_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def gpu_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the graphs for cuda and tensorrt too, to read."""
+    target = tmp_path_factory.mktemp("bundles") / "gpu"
+    convert(str(tiny_checkpoint), target, precisions=("fp32", "fp16"), targets=("cpu", "cuda", "tensorrt"))
+    return target
+
+
+@pytest.fixture(scope="session")
 def server(token_bundle: Path) -> Iterator[Server]:
     """One server for every test that only asks."""
     with running(token_bundle, "--max-client-batch-size", "40", "--max-body-bytes", "2000000") as started:

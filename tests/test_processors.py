@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from m3e import BundleError, Encoder, ExportError, PrecisionWarning, StartError, cpu, encoder
+from m3e import BundleError, Encoder, ExportError, PrecisionWarning, StartError, backends, cpu
 from m3e.bundle import Bundle
 from m3e.manifest import decode_array
 from m3e.session import Session
@@ -37,7 +37,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "cpu_features", lambda: frozenset({"vnni"}))
         patch.setattr(graphs, "Session", _ExactSession)
-        patch.setattr(encoder, "Session", _ExactSession)
+        patch.setattr(backends, "Session", _ExactSession)
         convert(str(tiny_checkpoint), target, precisions=("fp32", "int8"), cpus=("vnni", "avx2"))
     return target
 
@@ -113,7 +113,7 @@ def test_the_loader_picks_what_the_processor_computes_right(
 
 def test_a_processor_that_can_run_no_int8_graph(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = without_graph(bundle, tmp_path / "vnni", AVX2)
-    monkeypatch.setattr(encoder, "cpu_features", lambda: frozenset())
+    monkeypatch.setattr(backends, "cpu_features", lambda: frozenset())
     with pytest.raises(BundleError, match=r"needs a processor with vnni.*--cpu avx2"):
         Encoder(folder, precision="int8")
     with pytest.warns(PrecisionWarning, match=r"using fp32.*--cpu avx2"):

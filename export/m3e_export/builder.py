@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,18 @@ from onnx import helper, numpy_helper
 OPSET = 20
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
+# An input of token ids or of a mask.
+RECTANGLE: tuple[int, list[int | str]] = (onnx.TensorProto.INT64, ["batch", "seq_len"])
 
 
 class GraphBuilder:
     """Collects nodes and initializers; values are named after the node that makes them.
 
     Args:
-        inputs: Names of the graph's inputs, all int64 (batch, seq_len).
+        inputs: The graph's inputs by name: element type and shape.
     """
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    def __init__(self, inputs: Mapping[str, tuple[int, list[int | str]]]) -> None:
         self._inputs = inputs
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -43,7 +45,7 @@ class GraphBuilder:
     def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
         """Add an initializer and return its name; the same name again is the same initializer."""
         if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value, dtype=dtype), name)
+            self._initializers[name] = numpy_helper.from_array(np.asarray(value, dtype=dtype, order="C"), name)
         return name
 
     def int64(self, *values: int) -> str:
@@ -75,7 +77,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes,
             "m3e",
-            [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "seq_len"]) for name in self._inputs]
+            [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in self._inputs.items()]
             + self._optional_inputs,
             [
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
@@ -85,7 +87,8 @@ class GraphBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+            opset_imports=[helper.make_opsetid("", OPSET)]
+            + [helper.make_opsetid(CONTRIB, 1)] * any(node.domain == CONTRIB for node in self._nodes),
             ir_version=IR_VERSION,
             producer_name="m3e-runtime",
         )

@@ -15,6 +15,7 @@ _EXAMPLES = """\
 examples:
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base
   python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --cpu vnni avx2 --eval sts.tsv
+  python export/convert.py moka-ai/m3e-base -o bundles/m3e-base --target cpu cuda
   python export/convert.py my-fine-tune/ -o bundles/mine --max-seq-length 256 --normalize
   python export/convert.py some-org/deberta -o bundles/deberta --frontend optimum
   HF_ENDPOINT=https://mirror.example python export/convert.py moka-ai/m3e-small -o bundles/m3e-small
@@ -34,8 +35,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--precision",
         nargs="+",
-        choices=["fp32", "int8"],
-        help="graphs to make (default: both; fp32 with --frontend optimum)",
+        choices=["fp32", "int8", "fp16"],
+        help="graphs to make; fp16 is for cuda and tensorrt, int8 for cpu and tensorrt (default: fp32 and int8 for "
+        "cpu, fp16 for the others; fp32 with --frontend optimum)",
+    )
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        choices=["cpu", "cuda", "tensorrt"],
+        default=["cpu"],
+        help="what they are to run on (default: cpu, whose fp32 graph runs with CUDA too)",
     )
     parser.add_argument("--frontend", choices=["builder", "optimum"], default="builder",
                         help="builder (default) knows BERT and its kin, optimum traces any encoder")  # fmt: skip
@@ -70,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--accept-accuracy",
         action="store_true",
-        help="publish an int8 graph that loses more than allowed, and record that",
+        help="publish an int8 or fp16 graph that loses more than allowed, and record that",
     )
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
     parser.set_defaults(run=_run)
@@ -120,6 +129,14 @@ def _require_packages() -> None:
         raise DependencyError(f'converting needs {error.name}: pip install "m3e-runtime[cpu,export]"') from error
 
 
+def _default_precisions(parsed: argparse.Namespace) -> list[str]:
+    """What is best on each target: int8, beside the exact fp32, and fp16."""
+    if parsed.frontend == "optimum":
+        return ["fp32"]
+    precisions = ["fp32", "int8"] if "cpu" in parsed.target else []
+    return precisions + ["fp16"] * (parsed.target != ["cpu"])
+
+
 def _run(parsed: argparse.Namespace) -> None:
     _require_packages()
     from m3e_export.pipeline import convert
@@ -127,7 +144,8 @@ def _run(parsed: argparse.Namespace) -> None:
     manifest = convert(
         parsed.checkpoint,
         parsed.output,
-        precisions=parsed.precision or (["fp32"] if parsed.frontend == "optimum" else ["fp32", "int8"]),
+        precisions=parsed.precision or _default_precisions(parsed),
+        targets=parsed.target,
         frontend=parsed.frontend,
         max_seq_length=parsed.max_seq_length,
         normalize=parsed.normalize,

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from m3e_export.architectures import ACTIVATIONS
-from m3e_export.builder import CONTRIB, GraphBuilder
+from m3e_export.builder import CONTRIB, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.encoder_math import FARTHEST, bias_by_distance
 from m3e_export.pooling_graph import PoolingNodes, append_function, append_head
@@ -80,7 +80,7 @@ def build_graph(
     """
     config = checkpoint.config
     weights = weights or Weights(checkpoint)
-    builder = GraphBuilder(["input_ids", "attention_mask"])
+    builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
     packing, ids, positions = pack(builder, config.padding_position)
     steps = GraphSteps(builder, checkpoint, weights, packing, ids, positions)
     words = steps.words()

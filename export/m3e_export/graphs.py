@@ -17,7 +17,10 @@ from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e_export.calibrate import Int8Site
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.emulate import emulated_session
 from m3e_export.graph import build_graph
+from m3e_export.graph_cuda import build_cuda_graph
+from m3e_export.graph_tensorrt import build_tensorrt_graph
 from m3e_export.int8 import Int8Weights
 from m3e_export.layout import write
 from m3e_export.texts import GOLDEN_TEXTS
@@ -29,8 +32,8 @@ class Kind:
 
     Attributes:
         file: Its place in the bundle.
-        precision: ``fp32`` or ``int8``.
-        target: What it runs on.
+        precision: ``fp32``, ``int8`` or ``fp16``.
+        target: What it runs on; the fp32 graph for ``cpu`` runs with CUDA too.
         canary_tolerance: As `m3e.manifest.Graph` has it.
         cpu: Name of the processors that it is for; empty where it does not matter.
         cpu_features: What they must have.
@@ -48,24 +51,29 @@ class Kind:
 
 # Canaries: another processor adds the same products in another order, which now and then moves an 8-bit level by one:
 # measured 1e-7 for fp32 and up to 1.5e-4 for int8. 8-bit sums that saturate move every vector by 1e-3 and more.
+# On a GPU every store is rounded to FP16, and a sum that falls on the other side of a rounding moves an 8-bit level.
 # Levels: without VNNI two products of 8 bits are added in 16 bits and saturate; 2 x 255 x 63 is the most that fits.
 KINDS = (
     Kind("onnx/model.onnx", "fp32", "cpu", 1e-5),
     Kind("onnx/model_int8.onnx", "int8", "cpu", 5e-4, cpu="vnni", cpu_features=("vnni",)),
     Kind("onnx/model_int8_avx2.onnx", "int8", "cpu", 5e-4, cpu="avx2", max_level=63),
+    Kind("onnx/model_fp16.onnx", "fp16", "cuda", 2e-3),
+    Kind("onnx/model_fp16_plain.onnx", "fp16", "tensorrt", 2e-3),
+    Kind("onnx/model_int8_plain.onnx", "int8", "tensorrt", 1e-2),
 )
 
 
-def choose_kinds(precisions: Sequence[str], cpus: Sequence[str] | None) -> list[Kind]:
-    """Find the graphs to make.
+def choose_kinds(precisions: Sequence[str], targets: Sequence[str], cpus: Sequence[str] | None) -> list[Kind]:
+    """Find the graphs to make: every pair of precision and target that there is a graph for.
 
     Args:
         precisions: What was asked for.
+        targets: What they are to run on.
         cpus: Processors to make int8 graphs for; None for one like this.
 
     Raises:
-        ExportError: A precision without a graph, or one that this processor would compute wrong: it could not be
-            certified here.
+        ExportError: A precision or a target that is left without a graph; or a processor that this one is not: its
+            graph could not be certified here.
     """
     features = cpu_features()
     able = [kind.cpu for kind in KINDS if kind.cpu and (features is None or features.issuperset(kind.cpu_features))]
@@ -77,17 +85,60 @@ def choose_kinds(precisions: Sequence[str], cpus: Sequence[str] | None) -> list[
             "anywhere"
         )
     cpus = able[:1] if cpus is None else cpus
-    kinds = [kind for kind in KINDS if kind.precision in precisions and kind.cpu in ("", *cpus)]
-    for name in precisions:
-        if name not in {kind.precision for kind in kinds}:
-            raise ExportError(f"precision is {name!r}, expected some of fp32, int8")
+    kinds = [
+        kind for kind in KINDS if kind.precision in precisions and kind.target in targets and kind.cpu in ("", *cpus)
+    ]
+    known = ", ".join(dict.fromkeys(f"{kind.precision} for {kind.target}" for kind in KINDS))
+    made = {name for kind in kinds for name in (kind.precision, kind.target)}
+    for noun, asked in (("precision", precisions), ("target", targets)):
+        for name in asked:
+            if name not in made:
+                raise ExportError(f"{noun} {name} is left without a graph; there are {known}")
     return kinds
 
 
+def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
+    """Refuse what a GPU's graph cannot do.
+
+    Raises:
+        ExportError: The target has no graph for this model.
+    """
+    if kind.target == "cpu":
+        return
+    if not checkpoint.include_prompt:
+        raise ExportError(
+            f"this model leaves its prompts out of the pooling, which the graphs for {kind.target} do not do; use "
+            "--target cpu"
+        )
+    if kind.target == "cuda" and checkpoint.config.num_position_buckets:
+        # PackedMultiHeadAttention takes a bias as wide as the batch, and a packed graph knows no width.
+        raise ExportError(
+            f"{checkpoint.config.architecture} attends with relative positions, which the packed attention for cuda "
+            "does not; use --target cpu, whose fp32 graph runs with CUDA too, or tensorrt"
+        )
+
+
 def build_model(
-    checkpoint: Checkpoint, int8_sites: Mapping[str, Int8Site] | None, *, with_token_embeddings: bool
+    checkpoint: Checkpoint,
+    kind: Kind,
+    int8_sites: Mapping[str, Int8Site] | None,
+    fp32_sites: Sequence[str],
+    *,
+    with_token_embeddings: bool,
 ) -> onnx.ModelProto:
-    """Build a graph of a checkpoint, fp32 without sites and int8 with them."""
+    """Build a graph of a checkpoint.
+
+    Args:
+        checkpoint: The model.
+        kind: Which graph.
+        int8_sites: What calibration made, for an int8 graph.
+        fp32_sites: What FP16 cannot hold, for a GPU's graph.
+        with_token_embeddings: Also output ``last_hidden_state``; graphs for a GPU have none.
+    """
+    if kind.target == "cuda":
+        return build_cuda_graph(checkpoint, fp32_sites)
+    if kind.target == "tensorrt":
+        return build_tensorrt_graph(checkpoint, fp32_sites, int8_sites)
     weights = None if int8_sites is None else Int8Weights(checkpoint, int8_sites)
     return build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
 
@@ -97,14 +148,15 @@ def write_graph(
     folder: Path,
     kind: Kind,
     model: onnx.ModelProto,
-    int8_sites: Mapping[str, Int8Site],
     *,
-    batch_invariant: bool,
+    int8_sites: Mapping[str, Int8Site],
+    fp32_sites: Sequence[str],
 ) -> Graph:
     """Write a graph into a folder, embed the golden texts with it, and describe it."""
+    on_gpu = kind.target != "cpu"
     data = model.SerializeToString(deterministic=True)
     write(folder / kind.file, data)
-    session = Session(data, num_threads=1)
+    session = emulated_session(data, kind.target) if on_gpu else Session(data, num_threads=1)
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
     golden = np.concatenate([session.run([ids]) for ids in tokens.input_ids])
     return Graph(
@@ -115,12 +167,15 @@ def write_graph(
         ir_version=model.ir_version,
         ops=_op_types(model),
         outputs=tuple(output.name for output in model.graph.output),
-        batch_invariant=batch_invariant,
+        # A GPU's library chooses its kernels by the size of the batch.
+        batch_invariant=not on_gpu,
         cpu_features=kind.cpu_features,
         int8_sites={
             name: manifest_format.Int8Site(alpha=site.alpha, relative_error=site.relative_error)
             for name, site in int8_sites.items()
+            if not on_gpu or name not in fp32_sites
         },
+        fp32_sites=tuple(fp32_sites) if on_gpu else (),
         certificate=None,
         golden_embeddings=encode_array(golden),
         canary_tolerance=kind.canary_tolerance,

@@ -15,7 +15,7 @@ from onnx import helper
 
 from m3e.errors import CheckpointError, DependencyError
 from m3e_export.architectures import EncoderConfig
-from m3e_export.builder import OPSET, GraphBuilder
+from m3e_export.builder import OPSET, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint
 from m3e_export.graph import masked_cells, pack
 from m3e_export.pooling import AVERAGED
@@ -103,7 +103,7 @@ def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
     others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
     if others:
         raise CheckpointError(f"the traced encoder needs {', '.join(sorted(others))}; supported are token ids alone")
-    builder = GraphBuilder(["input_ids", "attention_mask"])
+    builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
     if "token_type_ids" in inputs:  # one segment
         builder.include([helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"])], [])
     builder.include(traced.graph.node, traced.graph.initializer)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import tokenizers
@@ -26,25 +27,33 @@ from m3e.manifest import (
     Source,
     encode_array,
 )
+from m3e.plan import plan_sorted
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export import optimum_frontend
 from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify, references
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.emulate import emulated_session
 from m3e_export.evaluate import Encode, Pair, read_pairs
-from m3e_export.graphs import build_model, choose_kinds, write_graph
+from m3e_export.fp16 import choose_fp32_sites
+from m3e_export.graph_tensorrt import build_watched
+from m3e_export.graphs import build_model, check_kind, choose_kinds, write_graph
 from m3e_export.layout import write, write_layout
 from m3e_export.modules import Normalize, encoder_folder
 from m3e_export.publish import check_target, staged
-from m3e_export.quantize import quantize
+from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.reference import reference_name
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
 FRONTENDS = ("builder", "optimum")
 # Bytes of a graph for each byte of the FP32 weights: int8 has a quarter of them, or more where layers stay FP32.
-_SHARE = {"fp32": 1.1, "int8": 0.6}
+_SHARE = {"fp32": 1.1, "int8": 0.6, "fp16": 0.7}
+# Tokens that are run to find what FP16 cannot hold; the extremes come from the model's own outlier channels, in every
+# text.
+_FP16_TOKENS = 4000
+_EMULATED_BATCH_TOKENS = 2048
 
 
 def convert(
@@ -52,6 +61,7 @@ def convert(
     target: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = ("cpu",),
     frontend: str = "builder",
     max_seq_length: int | None = None,
     normalize: bool | None = None,
@@ -69,7 +79,8 @@ def convert(
     Args:
         checkpoint: A folder or a hub id, or one that was fetched already.
         target: Where the bundle will be; it appears there whole or not at all.
-        precisions: ``fp32``, ``int8``.
+        precisions: ``fp32``, ``int8``, ``fp16``.
+        targets: ``cpu``, ``cuda``, ``tensorrt``; each pair of the two that there is a graph for is built.
         frontend: Of ``FRONTENDS``: ``builder`` writes the graphs of the encoders that it knows from their weights;
             ``optimum`` traces any other, fp32 only.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
@@ -91,9 +102,9 @@ def convert(
         ExportError: The checkpoint, the target or the result is not as it must be; nothing was published.
         DependencyError: A package is missing.
     """
-    kinds = choose_kinds(precisions, cpus)
+    kinds = choose_kinds(precisions, targets, cpus)
     traced = frontend == "optimum"
-    if traced and [kind.precision for kind in kinds] != ["fp32"]:
+    if traced and [(kind.precision, kind.target) for kind in kinds] != [("fp32", "cpu")]:
         raise ExportError(
             "--frontend optimum makes fp32 graphs only: our int8 is fitted layer by layer to a known encoder, and "
             "dynamic quantisation, which needs no fitting, makes a text's vector depend on the texts beside it"
@@ -105,29 +116,47 @@ def convert(
     report(f"reading {source.id}")
     config = optimum_frontend.read_config(encoder_folder(source.folder)) if traced else None
     loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize, config=config)
+    for kind in kinds:
+        check_kind(loaded, kind)
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     needed_bytes = int(sum(_SHARE[kind.precision] for kind in kinds) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
         write_layout(loaded, folder)
+        on_gpu = any(kind.target != "cpu" for kind in kinds)
+        fp32_sites = _fp32_sites(loaded, texts, report) if on_gpu else ()
+        sites_by_level: dict[int, dict[str, Int8Site]] = {}
         graphs = []
         for kind in kinds:
-            sites: dict[str, Int8Site] | None = None
-            if kind.precision == "int8":
-                sites = quantize(loaded, texts, max_level=kind.max_level, report=report)
-            report(f"{'tracing' if traced else 'building'} {kind.file}")
+            if kind.precision == "int8" and kind.max_level not in sites_by_level:
+                sites_by_level[kind.max_level] = quantize(loaded, texts, max_level=kind.max_level, report=report)
+            int8_sites = sites_by_level[kind.max_level] if kind.precision == "int8" else None
+            report(f"{'tracing' if traced else 'building'} the {kind.precision} graph for {kind.cpu or kind.target}")
             if traced:
                 model = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings)
             else:
-                model = build_model(loaded, sites, with_token_embeddings=with_token_embeddings)
-            graphs.append(write_graph(loaded, folder, kind, model, sites or {}, batch_invariant=not traced))
+                model = build_model(loaded, kind, int8_sites, fp32_sites, with_token_embeddings=with_token_embeddings)
+            graph = write_graph(loaded, folder, kind, model, int8_sites=int8_sites or {}, fp32_sites=fp32_sites)
+            graphs.append(dataclasses.replace(graph, batch_invariant=graph.batch_invariant and not traced))
         manifest = _describe(loaded, folder, graphs)
         write(folder / MANIFEST_NAME, manifest.to_bytes())
         manifest = _certify(manifest, loaded, folder, pairs, accept_accuracy, report)
         write(folder / MANIFEST_NAME, manifest.to_bytes())
         for graph in graphs:
-            Encoder(folder, precision=graph.file)  # the last look is the user's first
+            if graph.target == "cpu":
+                Encoder(folder, precision=graph.file)  # the last look is the user's first
         report(f"publishing {target}")
     return manifest
+
+
+def _fp32_sites(checkpoint: Checkpoint, texts: Sequence[str] | None, report: Callable[[str], None]) -> tuple[str, ...]:
+    """Find what FP16 cannot hold."""
+    input_ids = calibration_ids(checkpoint, texts)
+    counts = np.cumsum([len(ids) for ids in input_ids])
+    report("looking for values beyond FP16")
+    outside = choose_fp32_sites(checkpoint, input_ids[: int(np.searchsorted(counts, _FP16_TOKENS)) + 1], build_watched)
+    for site, value in outside.items():
+        report(f"{site} stays FP32: its values reach {value:.3g}")
+    return tuple(outside)
 
 
 def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> Manifest:
@@ -183,7 +212,7 @@ def _certify(
     ranges: tuple[str, str] | None = None
     for graph in manifest.graphs:
         report(f"certifying {graph.file}")
-        encode = _encode_function(folder, graph)
+        encode = _encode_function(folder, graph, checkpoint)
         certificate = certify(encode, graph, reference, accept_accuracy=accept_accuracy)
         graphs.append(dataclasses.replace(graph, certificate=certificate))
         if ranges is None:
@@ -197,10 +226,25 @@ def _certify(
     )
 
 
-def _encode_function(folder: Path, graph: Graph) -> Encode:
-    """Embed texts as a user will, through the runtime; as the reference, without the model's default prompt."""
-    encoder = Encoder(folder, precision=graph.file)
-    return lambda texts: encoder.encode(texts, prompt="")
+def _encode_function(folder: Path, graph: Graph, checkpoint: Checkpoint) -> Encode:
+    """Embed texts as a user will, through the runtime, or a GPU's graph through its emulation.
+
+    As the reference: without the model's default prompt.
+    """
+    if graph.target == "cpu":
+        encoder = Encoder(folder, precision=graph.file)
+        return lambda texts: encoder.encode(texts, prompt="")
+    session = emulated_session((folder / graph.file).read_bytes(), graph.target)
+    tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
+
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        tokens = tokenizer(texts)
+        vectors = np.empty((len(texts), checkpoint.embedding_dim), dtype=np.float32)
+        for rows in plan_sorted(tokens.n_tokens, _EMULATED_BATCH_TOKENS):
+            vectors[rows] = session.run([tokens.input_ids[row] for row in rows])
+        return vectors
+
+    return encode
 
 
 def _ranges(embeddings: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:

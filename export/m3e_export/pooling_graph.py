@@ -24,22 +24,25 @@ class PoolingNodes:
     Args:
         builder: The graph.
         cell_index: int64 (batch, seq_len), the packed token that stands in each cell of the rectangle.
+        mask: int64 (batch, seq_len), 1 for real tokens.
         include_prompt: Whether prompts are pooled too; if not, the graph gets an input ``prompt_length``, int64 (1,),
             zero unless given: that many tokens of each text are left out.
     """
 
-    def __init__(self, builder: GraphBuilder, cell_index: str, *, include_prompt: bool = True) -> None:
+    def __init__(
+        self, builder: GraphBuilder, cell_index: str, *, mask: str = "attention_mask", include_prompt: bool = True
+    ) -> None:
         self._builder = builder
         self._cell_index = cell_index
         self._one = builder.int64(1)
         self._cells: dict[str, str] = {}
         self._means: dict[str, str] = {}
         # Which tokens count, and each token's place in its text, from 1 on.
-        self._mask = "attention_mask"
+        self._all = self._mask = mask
         self._place = ""
         if not include_prompt:
             behind = builder.op("Greater", self._places(), builder.optional_input("prompt_length", 0))
-            self._mask = builder.op("Mul", "attention_mask", builder.op("Cast", behind, to=onnx.TensorProto.INT64))
+            self._mask = builder.op("Mul", mask, builder.op("Cast", behind, to=onnx.TensorProto.INT64))
         self._float_mask = builder.op("Cast", self._mask, to=onnx.TensorProto.FLOAT)
 
     def pool(self, poolings: Sequence[str], words: str, first: str, last: str) -> str:
@@ -113,7 +116,7 @@ class PoolingNodes:
 
     def _places(self) -> str:
         if not self._place:
-            self._place = self._builder.op("CumSum", "attention_mask", self._builder.const("one", 1, np.int64))
+            self._place = self._builder.op("CumSum", self._all, self._builder.const("one", 1, np.int64))
         return self._place
 
     def _int32_mask(self) -> str:

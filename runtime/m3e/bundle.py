@@ -67,7 +67,7 @@ class Bundle:
             available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
             raise BundleError(
                 f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
-                f"convert again with '--precision {precision}'"
+                f"convert again with '--precision {precision} --target {target}'"
             )
         fitting = [graph for graph in graphs if features is None or features.issuperset(graph.cpu_features)]
         if not fitting:

@@ -107,6 +107,11 @@ def obtain(bundle: str | os.PathLike[str], revision: str | None = None, precisio
     hub_id = os.fspath(bundle)
     if precision.endswith(".onnx"):
         raise BundleError(f"{_describe(hub_id, revision, precision)}; pull it by its precision")
+    if precision == "fp16":
+        raise BundleError(
+            f"{_describe(hub_id, revision, precision)}, which has graphs for the CPU; make a bundle with "
+            f"'m3e convert {hub_id} -o DIR --target cuda' (or tensorrt), and open DIR"
+        )
     pull = _puller()
     if pull is None:
         raise DependencyError(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from m3e.errors import StartError
 from m3e.manifest import Graph, Manifest, decode_array
-from m3e.session import Session
+from m3e.session import Float32Array
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize
 
 
-def check_canary(manifest: Manifest, graph: Graph, tokenizer: Tokenizer, session: Session) -> float:
+class Runs(Protocol):
+    """A session of any device."""
+
+    def run(self, input_ids: list[list[int]]) -> Float32Array:
+        """Run one batch: float32 (batch, dim)."""
+
+
+def check_canary(manifest: Manifest, graph: Graph, tokenizer: Tokenizer, session: Runs) -> float:
     """Embed the golden texts as one batch and compare with the manifest.
 
     The exporter embedded them one by one, so this also checks that neighbours and padding do not matter.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,29 +11,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m3e.backends import DEVICES, AnySession
+from m3e.backends import PrecisionWarning as PrecisionWarning
 from m3e.bundle import Bundle
 from m3e.cache import obtain
 from m3e.calibration import load_calibration
-from m3e.canary import check_canary
-from m3e.cpu import available_threads, cpu_features
-from m3e.errors import BundleError, InputError
-from m3e.manifest import Graph, decode_array
-from m3e.plan import attention_length, plan_batches
+from m3e.cpu import available_threads
+from m3e.errors import InputError
+from m3e.feeds import pad
+from m3e.finish import finish
+from m3e.overlap import ahead
 from m3e.progress import progress_bar
-from m3e.session import Session, pad
+from m3e.running import RunningGraph
+from m3e.session import Session
+from m3e.tensorrt_session import EngineBuild
 from m3e.tokenizer import TokenIds, Tokenizer, check_texts
-from m3e.vectors import EmbeddingPrecision, Float32Array, normalize, quantize_embeddings, similarity
+from m3e.truncation import Truncations
+from m3e.truncation import TruncationWarning as TruncationWarning
+from m3e.vectors import EmbeddingPrecision, Float32Array, similarity
 
-# Bounds the memory of a batch; half as many tokens were no faster.
-_MAX_BATCH_TOKENS = 1024
-
-
-class TruncationWarning(UserWarning):
-    """Some texts were longer than the model's ``max_seq_length`` and were cut."""
-
-
-class PrecisionWarning(UserWarning):
-    """``precision="auto"`` took a slower graph than the bundle has, because this processor cannot compute that one."""
+Rows = npt.NDArray[np.intp]
 
 
 class Encoder:
@@ -47,10 +42,13 @@ class Encoder:
     Args:
         bundle: Folder written by ``convert.py``, or a hub id such as ``moka-ai/m3e-base``, which is converted into the
             cache on first use if the exporter is installed (``m3e pull`` does it ahead of time).
-        precision: Which graph: ``fp32``, ``int8``, the name of a graph's file, or ``auto`` for the fastest that the
-            bundle has for this device and processor.
-        device: ``cpu``.
-        num_threads: Threads of one batch; None for what affinity and the container's quota allow.
+        precision: Which graph: ``fp32``, ``int8``, ``fp16``, the name of a graph's file, or ``auto`` for the fastest
+            that the bundle has for this device and processor.
+        device: ``cpu``, ``cuda``, ``tensorrt``, or ``auto``: CUDA where it can be used, otherwise the CPU. Where
+            TensorRT's engines must be built first, CUDA serves meanwhile; see `engine_build`.
+        num_threads: Threads of one batch on the CPU; None for what affinity and the container's quota allow.
+        device_id: Which card, for ``cuda`` and ``tensorrt``.
+        engine_cache: Folder for TensorRT's engines; None for one of the user's own.
         revision: Of a hub id: branch or tag as it was when it was pulled, or a commit; None for the hub's default.
 
     Raises:
@@ -59,6 +57,9 @@ class Encoder:
         DependencyError: onnxruntime is not installed; or a hub id is not in the cache and the exporter not installed.
         ExportError: A hub id cannot be converted.
         InputError: Another device or number of threads.
+
+    Warns:
+        RuntimeWarning: ``auto`` takes the CPU though this onnxruntime has CUDA; or CUDA graphs cannot be used.
     """
 
     def __init__(
@@ -68,23 +69,33 @@ class Encoder:
         precision: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        device_id: int = 0,
+        engine_cache: str | os.PathLike[str] | None = None,
         revision: str | None = None,
     ) -> None:
-        if device != "cpu":
-            raise InputError(f"device is {device!r}, expected 'cpu'")
+        if device not in DEVICES:
+            raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
-        self._arguments = {"precision": precision, "device": device, "num_threads": num_threads}
+        self._arguments = {
+            "precision": precision, "device": device, "num_threads": num_threads,
+            "device_id": device_id, "engine_cache": engine_cache,
+        }  # fmt: skip
         self._folder = obtain(bundle, revision, precision)
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
-        self._graph = _choose(opened, precision, device)
         self.num_threads = num_threads or available_threads()
         self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
         self.calibration = load_calibration(opened.side_file(), self.manifest)
-        self._opening = threading.Lock()
-        self._open(opened)
-        check_canary(self.manifest, self._graph, self._tokenizer, self._session)
+        self._running = RunningGraph(
+            opened,
+            self._tokenizer,
+            precision=precision,
+            device=device,
+            device_id=device_id,
+            num_threads=self.num_threads,
+            engine_cache=None if engine_cache is None else Path(engine_cache),
+        )
 
     def encode(
         self,
@@ -129,18 +140,19 @@ class Encoder:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         single = isinstance(sentences, str)
         texts = check_texts([sentences] if isinstance(sentences, str) else sentences)
-        prompt = self._prompt(prompt_name, prompt)
-        tokens = self._tokenizer([prompt + text for text in texts] if prompt else texts)
-        prompt_length = self._prompt_length(prompt)
-        self._warn_of_truncation(tokens)
+        session = self._running.session_here()
         embeddings = np.empty((len(texts), self.manifest.model.embedding_dim), dtype=np.float32)
         with progress_bar(len(texts), "text", show_progress_bar) as progress:
-            for rows in plan_batches(tokens.n_tokens, _MAX_BATCH_TOKENS, batch_size):
-                width = int(attention_length(tokens.n_tokens[rows]).max())
-                input_ids = [tokens.input_ids[row] for row in rows]
-                embeddings[rows] = self._session_here().run(input_ids, width, prompt_length=prompt_length)
+            for rows, vectors in self._run(session, texts, self._prompt(prompt_name, prompt), batch_size):
+                embeddings[rows] = vectors
                 progress.update(len(rows))
-        finished = self._finish(embeddings, precision, normalize_embeddings, truncate_dim)
+        finished = finish(
+            embeddings,
+            self.manifest,
+            precision=precision,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
         return finished[0] if single else finished
 
     def encode_query(self, sentences: str | Sequence[str], **arguments: Any) -> npt.NDArray[Any]:
@@ -226,7 +238,9 @@ class Encoder:
                 "this model does not pool its prompts, which takes batches of one prompt; use Encoder.encode for it"
             )
         tokens = self._tokenizer([prompt + text for text in texts] if prompt else texts)
-        self._warn_of_truncation(tokens)
+        truncations = Truncations(self.max_seq_length)
+        truncations.add(tokens)
+        truncations.warn(stacklevel=3)
         return tokens
 
     def embed(self, input_ids: Sequence[list[int]]) -> Float32Array:
@@ -241,11 +255,11 @@ class Encoder:
         Raises:
             InferenceError: The model failed.
         """
+        session = self._running.session_here()
         n_tokens = np.array([len(ids) for ids in input_ids], dtype=np.int64)
         embeddings = np.empty((len(input_ids), self.manifest.model.embedding_dim), dtype=np.float32)
-        for rows in plan_batches(n_tokens, _MAX_BATCH_TOKENS):
-            width = int(attention_length(n_tokens[rows]).max())
-            embeddings[rows] = self._session_here().run([input_ids[row] for row in rows], width)
+        for rows in session.plan(n_tokens):
+            embeddings[rows] = session.run([input_ids[row] for row in rows])
         return embeddings
 
     def embed_tokens(self, input_ids: list[int]) -> Float32Array:
@@ -258,9 +272,12 @@ class Encoder:
             InferenceError: The model failed.
             InputError: The graph gives no such vectors.
         """
-        if "last_hidden_state" not in self._graph.outputs:
+        session = self._running.session_here()
+        if "last_hidden_state" not in self._running.graph.outputs:
             raise InputError("this bundle gives no token vectors; convert again with --with-token-embeddings")
-        tokens: Float32Array = self._session_here().run([input_ids], output="last_hidden_state")[0]
+        if not isinstance(session, Session):
+            raise InputError(f"vectors of tokens are given on the CPU, not with device={self.device!r}")
+        tokens: Float32Array = session.run([input_ids], output="last_hidden_state")[0, : len(input_ids)]
         return tokens
 
     def finish(
@@ -271,7 +288,9 @@ class Encoder:
         Raises:
             InputError: ``truncate_dim`` is out of range.
         """
-        finished: Float32Array = self._finish(embeddings, "float32", normalize_embeddings, truncate_dim)
+        finished: Float32Array = finish(
+            embeddings, self.manifest, normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim
+        )
         return finished
 
     @property
@@ -287,9 +306,19 @@ class Encoder:
         self._tokenizer.max_seq_length = value
 
     @property
+    def device(self) -> str:
+        """What runs the batches now: ``cpu``, ``cuda`` or ``tensorrt``."""
+        return self._running.device
+
+    @property
+    def engine_build(self) -> EngineBuild | None:
+        """TensorRT's engines that are being built: ``state`` says how far they are, ``wait()`` waits for them."""
+        return self._running.engine_build
+
+    @property
     def precision(self) -> str:
         """The precision of the graph that runs."""
-        return self._graph.precision
+        return self._running.graph.precision
 
     @property
     def space_id(self) -> str:
@@ -305,18 +334,28 @@ class Encoder:
         """Length of a vector."""
         return self.manifest.model.embedding_dim
 
-    def _open(self, bundle: Bundle) -> None:
-        self._session = Session(bundle.read(self._graph.file), num_threads=self.num_threads)
-        self._process = os.getpid()
+    def _run(
+        self, session: AnySession, texts: list[str], prompt: str, batch_size: int | None
+    ) -> Iterator[tuple[Rows, Float32Array]]:
+        """Give the vectors batch by batch, each with its rows; on a GPU the next texts are tokenised meanwhile."""
+        truncations, prompt_length = Truncations(self.max_seq_length), self._prompt_length(prompt)
+        texts = [prompt + text for text in texts] if prompt else texts
 
-    def _session_here(self) -> Session:
-        """The session, reopened if this is a forked child: onnxruntime's threads do not survive a fork."""
-        if self._process != os.getpid():
-            with self._opening:
-                if self._process != os.getpid():
-                    self._session.abandon()
-                    self._open(Bundle(self._folder))
-        return self._session
+        def batches(window: int) -> Iterator[tuple[Rows, list[list[int]]]]:
+            windows = [texts[start : start + window] for start in range(0, len(texts), window)]
+            start = 0
+            for tokens in ahead(self._tokenizer, windows) if len(windows) > 1 else map(self._tokenizer, windows):
+                truncations.add(tokens)
+                for rows in session.plan(tokens.n_tokens, batch_size):
+                    yield rows + start, [tokens.input_ids[row] for row in rows]
+                start += len(tokens.n_tokens)
+
+        def run(batch: tuple[Rows, list[list[int]]]) -> tuple[Rows, Float32Array]:
+            return batch[0], session.run(batch[1], prompt_length=prompt_length)
+
+        planned = batches(session.window or max(1, len(texts)))
+        yield from ahead(run, planned, session.threads) if session.threads > 1 and len(texts) > 1 else map(run, planned)
+        truncations.warn(stacklevel=4)
 
     def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
         model = self.manifest.model
@@ -339,45 +378,6 @@ class Encoder:
             return {**arguments, "prompt_name": next((name for name in names if name in self.prompts), None)}
         return arguments
 
-    def _warn_of_truncation(self, tokens: TokenIds) -> None:
-        cut = np.flatnonzero(tokens.n_tokens_full > tokens.n_tokens)
-        if len(cut):
-            warnings.warn(
-                f"{len(cut)} of {len(tokens.n_tokens)} texts are longer than {self.max_seq_length} tokens and were cut "
-                f"(the first is text {cut[0]}, with at least {tokens.n_tokens_full[cut[0]]} tokens); split them to "
-                "embed all",
-                TruncationWarning,
-                stacklevel=3,
-            )
-
-    def _finish(
-        self,
-        embeddings: Float32Array,
-        precision: EmbeddingPrecision,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-    ) -> npt.NDArray[Any]:
-        dim = self.manifest.model.embedding_dim
-        if truncate_dim is not None:
-            if not 1 <= truncate_dim <= dim:
-                raise InputError(f"truncate_dim is {truncate_dim}, expected 1 to {dim}")
-            embeddings = embeddings[:, :truncate_dim]
-        if normalize_embeddings:
-            embeddings = normalize(embeddings)
-        if precision == "float32":
-            return embeddings
-        ranges = None
-        if precision in ("int8", "uint8"):
-            if normalize_embeddings and truncate_dim not in (None, dim):
-                raise InputError(
-                    f"the bundle has no ranges for {precision} vectors that are truncated and then normalised; "
-                    "leave one of the two out, or call m3e.quantize_embeddings with ranges of your own"
-                )
-            unit = normalize_embeddings or self.manifest.model.normalize
-            text = self.manifest.unit_embedding_ranges if unit else self.manifest.embedding_ranges
-            ranges = decode_array(text, (2, dim))[:, :truncate_dim]
-        return quantize_embeddings(embeddings, precision, ranges)
-
     def __repr__(self) -> str:
         return f"Encoder({str(self._folder)!r}, precision={self.precision!r}, num_threads={self.num_threads})"
 
@@ -387,16 +387,3 @@ class Encoder:
 
 def _reopen(folder: Path, arguments: dict[str, Any]) -> Encoder:
     return Encoder(folder, **arguments)
-
-
-def _choose(bundle: Bundle, precision: str, device: str) -> Graph:
-    """``auto`` is int8 if the bundle has it and this processor computes it right, otherwise fp32."""
-    features = cpu_features()
-    if precision != "auto":
-        return bundle.graph(precision, device, features)
-    if any((graph.precision, graph.target) == ("int8", device) for graph in bundle.manifest.graphs):
-        try:
-            return bundle.graph("int8", device, features)
-        except BundleError as error:
-            warnings.warn(f"using fp32: {error}", PrecisionWarning, stacklevel=3)
-    return bundle.graph("fp32", device)

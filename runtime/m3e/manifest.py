@@ -75,7 +75,7 @@ class Certificate:
 
     Differences are between unit vectors; the norm's difference is relative to the reference's norm. ``p1_cosine`` is
     the first percentile. ``max_batch_difference`` is between a text alone and the same text among others.
-    ``tolerance`` bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of an int8 one; ``accepted`` is true
+    ``tolerance`` bounds both differences of an fp32 graph, and 1 - ``min_cosine`` of the others; ``accepted`` is true
     where a user took a worse graph with ``--accept-accuracy``. ``evaluation`` is there where labelled pairs were given.
     """
 
@@ -109,7 +109,9 @@ class Graph:
     ``golden_embeddings`` is base64 of little-endian float32 (golden texts, embedding_dim);
     ``canary_tolerance`` bounds the largest difference between unit vectors when they are computed again.
     ``cpu_features`` are what a processor needs to compute it right: ``vnni`` for 8-bit products that do not saturate.
-    ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32.
+    ``int8_sites`` are the quantised inputs by name; linear layers that read none of them are FP32,
+    or FP16 in a graph for a GPU. ``fp32_sites`` are the parts of such a graph that stay FP32, because FP16 cannot hold
+    their values.
     ``certificate`` is None only while the exporter is at work.
     """
 
@@ -123,6 +125,7 @@ class Graph:
     batch_invariant: bool
     cpu_features: tuple[str, ...]
     int8_sites: dict[str, Int8Site]
+    fp32_sites: tuple[str, ...]
     certificate: Certificate | None
     golden_embeddings: str
     canary_tolerance: float

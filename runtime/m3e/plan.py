@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,3 +51,35 @@ def attention_length(n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """
     n_tokens = np.maximum(n_tokens, 1)
     return np.where(n_tokens <= _LONGEST_BUCKET, -(-n_tokens // _BUCKET) * _BUCKET, n_tokens)
+
+
+def plan_sorted(
+    n_tokens: npt.NDArray[np.int64],
+    max_batch_tokens: int,
+    max_batch_size: int | None = None,
+    edges: Sequence[int] = (),
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Group texts of similar length into batches under a token budget, longest first, for a GPU.
+
+    Args:
+        n_tokens: Token count of each text, int64 (n,).
+        max_batch_tokens: Upper bound on rows x longest row of a batch. A single longer text still gets a batch.
+        max_batch_size: Upper bound on the rows of a batch; None for no other bound than the tokens.
+        edges: Lengths that no batch may straddle: texts up to an edge and texts beyond it stay apart. Rows are counted
+            as if the longest reached the next edge, so that each range has one largest number of rows.
+
+    Yields:
+        Indices into ``n_tokens``, intp (batch,), each index exactly once over all batches.
+    """
+    order = np.argsort(-n_tokens, kind="stable")
+    lengths = n_tokens[order]
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[start]))
+        rows = max(1, max_batch_tokens // min((edge for edge in edges if edge >= longest), default=longest))
+        if max_batch_size is not None:
+            rows = min(rows, max_batch_size)
+        edge = max((edge for edge in edges if edge < longest), default=-1)
+        stop = min(start + rows, int(np.searchsorted(-lengths, -edge)))
+        yield order[start:stop]
+        start = stop

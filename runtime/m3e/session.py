@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import DependencyError, InferenceError, StartError
+from m3e.feeds import Feeds, pad
+from m3e.plan import attention_length, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
+
+# Bounds the memory of a batch; half as many tokens were no faster.
+_MAX_BATCH_TOKENS = 1024
 
 
 class Session:
@@ -21,14 +27,24 @@ class Session:
         model: The ONNX file's bytes.
         num_threads: Threads of one call. Always set: onnxruntime would count the host's cores and pin threads to
             them, which fails in containers.
+        feed: Lays token ids out as the graph wants them.
+
+    Attributes:
+        threads: How many batches to run at once.
+        window: How many texts to tokenise while others run; None for all of them before any.
 
     Raises:
         DependencyError: onnxruntime is not installed.
         StartError: onnxruntime refuses the graph.
     """
 
-    def __init__(self, model: bytes, *, num_threads: int) -> None:
-        onnxruntime = _import_onnxruntime()
+    device = "cpu"
+    threads = 1
+    window: int | None = None
+
+    def __init__(self, model: bytes, *, num_threads: int, feed: Callable[..., Feeds] = pad) -> None:
+        self._feed = feed
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -44,6 +60,12 @@ class Session:
         self._session._model_bytes = None
         _return_freed_memory()
 
+    def plan(
+        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
+    ) -> Iterator[npt.NDArray[np.intp]]:
+        """Group texts into batches for `run`; see `m3e.plan.plan_batches`."""
+        return plan_batches(n_tokens, _MAX_BATCH_TOKENS, max_batch_size)
+
     def run(
         self,
         input_ids: list[list[int]],
@@ -56,7 +78,7 @@ class Session:
 
         Args:
             input_ids: Token ids of each text, special tokens included.
-            seq_len: Width to pad to; None for the longest text.
+            seq_len: Width to pad to; None for the one that the plan has for the longest text.
             output: Name of the graph's output.
             prompt_length: Tokens at the start of each text that are not pooled; only for models that leave prompts out.
 
@@ -66,41 +88,31 @@ class Session:
         Raises:
             InferenceError: onnxruntime failed, or gave a value that is not finite.
         """
-        inputs = pad(input_ids, seq_len)
+        if seq_len is None:
+            seq_len = int(attention_length(np.array([max(map(len, input_ids))]))[0])
+        inputs = self._feed(input_ids, seq_len)
         if prompt_length:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)
         try:
             (result,) = self._session.run([output], inputs)
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
-        if not np.isfinite(result).all():
-            raise InferenceError("the model gave values that are not finite; its weights are damaged or overflow")
-        vectors: Float32Array = result
-        return vectors
+        return check_finite(result)
 
     def abandon(self) -> None:
         """Never close this session: in a forked child its threads do not exist, and closing would wait for them."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
 
 
-def pad(input_ids: list[list[int]], seq_len: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
-    """Lay lists of ids out as rectangles.
+def check_finite(vectors: Float32Array) -> Float32Array:
+    """Let vectors through that are finite.
 
-    Args:
-        input_ids: Token ids of each text.
-        seq_len: Width, at least the longest text's; None for just that.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, int64 (batch, seq_len). Pads carry id 0, whatever the vocabulary calls
-        it: the graph never looks at them.
+    Raises:
+        InferenceError: They are not.
     """
-    seq_len = seq_len or max(map(len, input_ids))
-    ids = np.zeros((len(input_ids), seq_len), dtype=np.int64)
-    mask = np.zeros((len(input_ids), seq_len), dtype=np.int64)
-    for row, row_ids in enumerate(input_ids):
-        ids[row, : len(row_ids)] = row_ids
-        mask[row, : len(row_ids)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    if not np.isfinite(vectors).all():
+        raise InferenceError("the model gave values that are not finite; its weights are damaged or overflow")
+    return vectors
 
 
 def _return_freed_memory() -> None:
@@ -109,7 +121,12 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Import onnxruntime, or say what to install.
+
+    Raises:
+        DependencyError: It is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TextIO, get_args
 
 import numpy as np
 
+from m3e.backends import DEVICES
 from m3e.encoder import Encoder
 from m3e.errors import InputError
 from m3e.vectors import EmbeddingPrecision
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalize", action="store_true", help="scale vectors to unit length")
     parser.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dimensions")
     parser.add_argument("--prompt-name", metavar="NAME", help="put the model's prompt of this name before each text")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="what runs the model (default: cpu)")
+    parser.add_argument("--device-id", type=int, default=0, metavar="N", help="which card (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: what affinity and quota allow")
     parser.set_defaults(run=_run)
 
@@ -49,7 +52,13 @@ def _run(parsed: argparse.Namespace) -> None:
     format_ = parsed.format or ("npy" if parsed.output.endswith(".npy") else "jsonl")
     if format_ == "npy" and parsed.output == "-" and sys.stdout.isatty():
         raise InputError("npy is binary and standard output is a terminal; give -o FILE or pipe it")
-    encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
+    encoder = Encoder(
+        parsed.bundle,
+        precision=parsed.graph_precision,
+        device=parsed.device,
+        num_threads=parsed.threads,
+        device_id=parsed.device_id,
+    )
     arguments = {
         "normalize_embeddings": parsed.normalize,
         "truncate_dim": parsed.truncate_dim,

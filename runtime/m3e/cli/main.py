@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from m3e import __version__
-from m3e.cli import calibrate, compare, embed, encode, export_triton, info, serve, verify
+from m3e.cli import calibrate, compare, embed, encode, engine, export_triton, info, serve, verify
 from m3e.cli.guard import run_guarded
 
 _BUILT_IN: dict[str, Any] = {
@@ -17,6 +17,7 @@ _BUILT_IN: dict[str, Any] = {
     "compare": compare,
     "embed": embed,
     "encode": encode,
+    "engine": engine,
     "export-triton": export_triton,
     "info": info,
     "serve": serve,

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, backends, gpu, providers
+from m3e import encoder as encoder_module
+from m3e.cuda_session import BUCKETS, CudaSession, batch_tokens
+from m3e.feeds import pack, rectangle
+from m3e.gpu import PinnedBuffer
+from m3e.manifest import Model
+from m3e.overlap import ahead
+from m3e.plan import plan_sorted
+from m3e.providers import CUDA, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
+from tests.gpu_standin import StandInSession, standin
+
+__all__ = ["standin"]
+
+ACCEPTED = json.loads((Path(__file__).parent / "data" / "provider_options.json").read_text(encoding="utf-8"))
+PROFILE = {"min": "input_ids:1x1,lengths:1", "opt": "input_ids:4x32,lengths:4", "max": "input_ids:4x32,lengths:4"}
+
+
+def test_onnxruntime_accepts_every_option() -> None:
+    for name, options in [
+        (CUDA, cuda_options(1, cuda_graphs=True)),
+        (TENSORRT, tensorrt_options(0, Path("/e"), Path("/t"), PROFILE)),
+    ]:
+        assert set(options) <= set(ACCEPTED[name])
+        assert all(isinstance(value, str) for value in options.values())
+    assert cuda_options(1, cuda_graphs=True) | {"enable_cuda_graph": "0"} == cuda_options(1, cuda_graphs=False)
+    assert cuda_options(1, cuda_graphs=False)["use_tf32"] == "0"
+
+
+def test_tensorrt_takes_the_precision_of_the_graph() -> None:
+    options = tensorrt_options(0, Path("/e"), Path("/t"), PROFILE)
+    assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == ("0", "0")  # strongly typed only without both
+    assert options["trt_profile_max_shapes"] == "input_ids:4x32,lengths:4"
+
+
+@pytest.mark.long
+def test_the_list_of_options_is_the_wheels(tmp_path: Path) -> None:
+    """Read the names in the wheel itself: what the committed list says, the libraries hold."""
+    import sys
+    import zipfile
+
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
+    subprocess.run([*pip, "onnxruntime-gpu==1.31.1"], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for provider, library in ((CUDA, "cuda"), (TENSORRT, "tensorrt")):
+            content = archive.read(f"onnxruntime/capi/libonnxruntime_providers_{library}.so")
+            for name in ACCEPTED[provider]:
+                assert f"{name}\0".encode() in content, name
+
+
+def test_an_onnxruntime_without_the_provider_says_what_to_install() -> None:
+    with pytest.raises(DependencyError, match=r"no CUDAExecutionProvider.*m3e-runtime\[gpu\].*cannot be installed"):
+        open_on_gpu(b"", CUDA, [(CUDA, {})])
+
+
+def fake_onnxruntime(folder: Path, active: list[str], error: Exception | None = None) -> Any:
+    def session(model: bytes, options: Any, **given: Any) -> Any:
+        if error is not None:
+            raise error
+        assert given["enable_fallback"] == 0
+        return types.SimpleNamespace(get_providers=lambda: active)
+
+    return types.SimpleNamespace(
+        __file__=str(folder / "__init__.py"),
+        __version__="1.31.1",
+        get_available_providers=lambda: [TENSORRT, CUDA, "CPUExecutionProvider"],
+        SessionOptions=types.SimpleNamespace,
+        GraphOptimizationLevel=types.SimpleNamespace(ORT_ENABLE_BASIC=1),
+        InferenceSession=session,
+    )
+
+
+def library(path: Path, needs: str = "") -> None:
+    """Make a shared library, which needs another that is not there."""
+    path.parent.mkdir(exist_ok=True)
+    source = path.with_suffix(".c")
+    source.write_text("int here(void) { return 0; }")
+    absent = path.parent / needs
+    if needs:
+        subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{needs}", "-o", str(absent), str(source)], check=True)
+    extra = ["-Wl,--no-as-needed", str(absent)] if needs else []
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source), *extra], check=True)
+    if needs:
+        absent.unlink()
+
+
+@pytest.mark.parametrize(("provider", "name", "needs"), [
+    (CUDA, "cuda", "libcublasLt.so.13"), (TENSORRT, "tensorrt", "libnvinfer.so.10"),
+])  # fmt: skip
+def test_a_provider_that_misses_a_library_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str, name: str, needs: str
+) -> None:
+    library(tmp_path / "capi" / "libonnxruntime_providers_shared.so")
+    library(tmp_path / "capi" / f"libonnxruntime_providers_{name}.so", needs)
+    # onnxruntime goes on without the provider, or finds no kernel for the graph then.
+    for error in (None, RuntimeError("Kernel not found")):
+        fake = fake_onnxruntime(tmp_path, ["CPUExecutionProvider"], error)
+        monkeypatch.setattr(providers, "import_onnxruntime", lambda fake=fake: fake)
+        with pytest.raises(StartError, match=f"{provider} cannot be loaded: {needs}.*; install .*another device"):
+            open_on_gpu(b"", provider, [(provider, {})])
+
+
+def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "missing_library", lambda provider: None)
+    for fake, message in [
+        (fake_onnxruntime(tmp_path, ["CPUExecutionProvider"]), "did not start.*nvidia-smi"),
+        (fake_onnxruntime(tmp_path, [], RuntimeError("bad node")), "cannot open the graph: bad node"),
+    ]:
+        monkeypatch.setattr(providers, "import_onnxruntime", lambda fake=fake: fake)
+        with pytest.raises(StartError, match=message):
+            open_on_gpu(b"", CUDA, [(CUDA, {})])
+
+
+def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Encoder(gpu_bundle, device="auto").device == "cpu"  # this onnxruntime has no other
+    monkeypatch.setattr(encoder_module, "has_provider", lambda provider: provider == CUDA)
+    assert Encoder(gpu_bundle, device="auto").device == "cuda"
+
+    def fail(device_id: int) -> None:
+        raise StartError("there is no NVIDIA driver here")
+
+    monkeypatch.setattr(backends, "read_card", fail)
+    with pytest.warns(RuntimeWarning, match="takes the CPU, not CUDA: there is no NVIDIA driver here"):
+        encoder = Encoder(gpu_bundle, device="auto")
+    assert (encoder.device, encoder.precision) == ("cpu", "fp32")
+    with pytest.raises(StartError, match="no NVIDIA driver"):
+        Encoder(gpu_bundle, device="cuda")
+    with pytest.raises(InputError, match="device is 'tpu', expected one of 'cpu', 'cuda', 'tensorrt', 'auto'"):
+        Encoder(gpu_bundle, device="tpu")
+
+
+def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_DRIVER", "libcuda-that-is-not-there.so.1")
+    with pytest.raises(StartError, match=r"no NVIDIA driver here.*device='cpu'"):
+        gpu.read_card()
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { __builtin_strcpy(name, "Stand-in 9000"); return 0; }
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = 80ul << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
+"""
+
+
+def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "driver.so"), str(tmp_path / "driver.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(gpu, "_DRIVER", str(tmp_path / "driver.so"))
+    card = gpu.read_card()
+    assert (card.name, card.compute_capability, card.driver_cuda) == ("Stand-in 9000", "9.0", "13.2")
+    assert card.memory_bytes == 80 << 30
+    with pytest.raises(StartError, match="device_id is 1, and 1 NVIDIA cards are visible"):
+        gpu.read_card(1)
+
+
+def test_pinned_memory_is_registered_and_released() -> None:
+    calls = []
+
+    def register(address: ctypes.c_void_p, size: ctypes.c_size_t, flags: int) -> int:
+        calls.append(("register", address.value, size.value))
+        return 0
+
+    def unregister(address: ctypes.c_void_p) -> int:
+        calls.append(("unregister", address.value, 0))
+        return 0
+
+    buffer = PinnedBuffer(4096, types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister))
+    shapes = [((3, 5), np.dtype(np.int32)), ((7,), np.dtype(np.float32))]
+    assert gpu.size_of(shapes) == 512
+    first, second = buffer.views(shapes)
+    first[...], second[...] = 1, 2
+    assert (first.sum(), second.sum()) == (15, 14)
+    assert first.ctypes.data == calls[0][1]
+    assert second.ctypes.data % 256 == first.ctypes.data % 256
+    del buffer
+    assert [name for name, *_ in calls] == ["register", "unregister"]
+    with pytest.raises(StartError, match=r"cannot lock 64 bytes.*error 2"):
+        PinnedBuffer(64, types.SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=unregister))
+
+
+IDS = [[2, 300, 3], [2, 8, 9, 10, 3], [2, 3]]
+
+
+def test_packing() -> None:
+    feeds = pack(IDS)
+    assert feeds["input_ids"].tolist() == [2, 300, 3, 2, 8, 9, 10, 3, 2, 3]
+    assert feeds["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
+    assert feeds["cumulative_sequence_length"].tolist() == [0, 3, 8, 10]
+    # The example of the operator's own documentation is laid out in the same way.
+    assert feeds["token_offset"].tolist() == [[0, 1, 2, 5, 6], [7, 8, 9, 10, 11], [3, 4, 12, 13, 14]]
+    assert {array.dtype for array in feeds.values()} == {np.dtype(np.int32)}
+    assert pack([[1], [2, 3], [4, 5, 6, 7]], 4)["token_offset"].ravel().tolist() == [
+        0, 4, 5, 8, 9, 10, 11, 1, 2, 3, 6, 7,
+    ]  # fmt: skip
+
+
+def test_rectangles() -> None:
+    feeds = rectangle(IDS, 6, 4)
+    assert feeds["input_ids"].tolist() == [[2, 300, 3, 0, 0, 0], [2, 8, 9, 10, 3, 0], [2, 3, 0, 0, 0, 0], [0] * 6]
+    assert feeds["lengths"].tolist() == [3, 5, 2, 1]
+    assert rectangle(IDS)["input_ids"].shape == (3, 5)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS, ids=str)
+def test_buckets_have_one_shape_whatever_is_in_them(bucket: Any) -> None:
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for _ in range(200):
+        lengths = rng.integers(1, bucket.width + 1, rng.integers(1, bucket.rows + 1))
+        ids = [[7] * int(length) for length in lengths]
+        if not bucket.fits(ids):
+            continue
+        feeds = bucket.feeds(ids)
+        shapes.add(tuple((name, array.shape) for name, array in feeds.items()))
+        spans = np.diff(feeds["cumulative_sequence_length"])
+        assert spans.min() >= 1
+        assert spans[: len(ids)].tolist() == lengths.tolist()
+        assert feeds["position_ids"].max() < bucket.width
+        assert sorted(feeds["token_offset"].ravel()) == list(range(feeds["token_offset"].size))
+    assert len(shapes) == 1
+    assert not bucket.fits([[7] * (bucket.width + 1)])
+    assert not bucket.fits([[7]] * (bucket.rows + 1))
+
+
+def unit(vectors: Any) -> Any:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.mark.filterwarnings("ignore::m3e.TruncationWarning")
+def test_cuda_gives_the_cpus_vectors(gpu_bundle: Path, standin: list[StandInSession], sentences: list[str]) -> None:
+    texts = sentences[::5]
+    encoder = Encoder(gpu_bundle, device="cuda")
+    assert (encoder.device, encoder.precision) == ("cuda", "fp16")
+    assert len(standin[0].captured) == len(BUCKETS)
+    exact = unit(Encoder(gpu_bundle).encode(texts))
+    assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
+    alone = unit(np.stack([encoder.encode(text) for text in texts[:40]]))
+    assert np.abs(alone - exact[:40]).max() < 2e-3
+    assert np.abs(unit(encoder.encode(texts, batch_size=3)) - exact).max() < 2e-3
+
+
+def test_fp32_on_cuda_is_the_cpus_graph(gpu_bundle: Path, standin: list[StandInSession]) -> None:
+    encoder = Encoder(gpu_bundle, device="cuda", precision="fp32")
+    assert set(standin[0].inputs) == {"input_ids", "attention_mask"}
+    assert standin[0].options["enable_cuda_graph"] == "0"
+    np.testing.assert_allclose(encoder.encode(["你好", "a"]), Encoder(gpu_bundle).encode(["你好", "a"]), atol=1e-5)
+
+
+def test_cuda_graphs_that_cannot_be_captured_are_told_of(
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandInSession, "refuse_capture", True)
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are off.*capture is not possible"):
+        encoder = Encoder(gpu_bundle, device="cuda")
+    assert standin[-1].options["enable_cuda_graph"] == "0"
+    assert encoder.encode("你好").shape == (64,)
+
+
+def test_many_windows_are_put_back_in_order(
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch, sentences: list[str]
+) -> None:
+    monkeypatch.setattr(CudaSession, "window", 7)
+    texts = [text for text in sentences if len(text) < 60][:60]
+    encoder = Encoder(gpu_bundle, device="cuda")
+    exact = unit(Encoder(gpu_bundle).encode(texts))
+    assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
+    with pytest.warns(UserWarning, match=r"2 of 20 texts are longer.*the first is text 8 with 602 tokens"):
+        encoder.encode([*texts[:8], "长" * 600, *texts[:10], "长" * 700])
+
+
+def test_a_failure_in_a_batch_is_an_inference_error(
+    gpu_bundle: Path, standin: list[StandInSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(gpu_bundle, device="cuda")
+    monkeypatch.setattr(StandInSession, "run_with_iobinding", lambda *_: 1 / 0)
+    with pytest.raises(InferenceError, match="failed on a batch of 1 texts"):
+        encoder.encode("a")
+
+
+def test_a_forked_child_is_refused(gpu_bundle: Path, standin: list[StandInSession]) -> None:
+    encoder = Encoder(gpu_bundle, device="cuda")
+    encoder._running._process = -1
+    with pytest.raises(StartError, match=r"CUDA does not survive a fork.*spawn"):
+        encoder.encode("a")
+
+
+@pytest.mark.parametrize(("memory_gb", "expected"), [(0.1, 591), (8, 32768), (80, 32768)])
+def test_batches_are_sized_to_the_card(memory_gb: float, expected: int) -> None:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "max_seq_length": 512}
+    model: Model = types.SimpleNamespace(**sizes)  # type: ignore[assignment]
+    tokens = batch_tokens(model, int(memory_gb * 1e9))
+    assert tokens == expected
+    assert batch_tokens(model, 1) == 512  # one text must fit
+
+
+def test_sorted_plans_cover_everything_once_within_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    for edges in ((), (32, 128, 512)):
+        lengths = rng.integers(0, 513, 500)
+        batches = list(plan_sorted(lengths, 4096, 40, edges))
+        assert sorted(np.concatenate(batches)) == list(range(500))
+        for rows in batches:
+            longest = int(lengths[rows].max())
+            assert len(rows) <= 40
+            assert len(rows) * longest <= 4096
+            for edge in edges:
+                assert longest <= edge or lengths[rows].min() > edge
+    assert list(plan_sorted(np.zeros(0, np.int64), 10)) == []
+    assert [len(rows) for rows in plan_sorted(np.full(3, 50), 10)] == [1, 1, 1]
+
+
+def test_working_ahead_keeps_order_takes_little_and_stops() -> None:
+    taken: list[int] = []
+
+    def items() -> Any:
+        for k in range(100):
+            taken.append(k)
+            yield k
+
+    results = ahead(lambda k: k * k, items(), threads=2)
+    assert next(results) == 0
+    assert len(taken) <= 3
+    assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
+    results.close()  # type: ignore[attr-defined]
+    assert len(taken) < 12
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda k: 1 // (k - 3), range(10)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(ahead(str, [])) == []
