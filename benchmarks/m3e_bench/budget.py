@@ -12,6 +12,7 @@ class Budget:
     Attributes:
         rounds: Turns of each engine for each figure; the engines take them in turn.
         turn_s: Longest turn of the slowest engine; of a longer workload a part is encoded.
+        figure_s: Time of all turns for one workload; more turns than two are left out beyond it.
         latency_turn_s: Time of a turn of single requests.
         latency_cases: Tokens of a text and texts of a request, closed loop.
         rates_per_s: Requests a second, open loop.
@@ -24,6 +25,7 @@ class Budget:
 
     rounds: int = 5
     turn_s: float = 3.0
+    figure_s: float = 120.0
     latency_turn_s: float = 0.6
     latency_cases: tuple[tuple[int, int], ...] = ((12, 1), (12, 8), (128, 1))
     rates_per_s: tuple[int, ...] = (20, 100)
@@ -38,6 +40,7 @@ FULL = Budget()
 QUICK = Budget(
     rounds=3,
     turn_s=0.7,
+    figure_s=15.0,
     latency_turn_s=0.2,
     latency_cases=((12, 1),),
     rates_per_s=(50,),
