@@ -32,6 +32,7 @@ from m3e_export.graphs import check_kind, choose_kinds
 from m3e_export.modules import Normalize
 from m3e_export.pipeline import convert
 from m3e_export.quantize import calibration_ids, quantize
+from m3e_export.reference import reference_embeddings
 from m3e_export.sources import fetch_checkpoint
 from tests.test_architectures import ARCHITECTURES, POOLINGS, TEXTS, UNIEM, load
 
@@ -40,7 +41,7 @@ Array = np.ndarray[Any, Any]
 MIN_COSINE, MAX_DIFFERENCE = 0.9999, 2e-3
 BUILDERS: dict[str, tuple[Callable[..., onnx.ModelProto], Callable[..., Feeds]]] = {
     "cuda": (lambda *given: emulate(build_cuda_graph(*given)), pack),
-    "tensorrt": (build_tensorrt_graph, rectangle),
+    "tensorrt": (lambda *given: emulate(build_tensorrt_graph(*given)), rectangle),
 }
 
 
@@ -99,9 +100,10 @@ def test_a_trained_model_and_the_shape_of_m3e_base(
 
 
 HOSTILE = {
-    "inner activation": {"intermediate.dense.weight": 3e6},
-    "output of a layer": {"output.dense.weight": 3e7},
-    "values": {"value.weight": 1e6},
+    "inner activation": {"intermediate.dense.weight": 3e5},
+    "output of a layer": {"output.dense.weight": 5e5},
+    "both": {"intermediate.dense.weight": 1e3, "layer.1.output.dense.weight": 1e5},
+    "values": {"value.weight": 5e5},
     "bias of the values": {"value.bias": 1e7},
     "hidden state": {"LayerNorm.weight": 3e5},
     "embeddings": {"word_embeddings.weight": 1e7},
@@ -154,18 +156,24 @@ def test_folding_biases_changes_no_vector(checkpoint: Checkpoint, ids: list[list
     assert distance(vectors, exact)[1] < 1e-6
 
 
-def test_the_emulation_overflows_where_fp16_does(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("target", BUILDERS)
+def test_the_emulation_overflows_where_fp16_does(checkpoint: Checkpoint, ids: list[list[int]], target: str) -> None:
+    """Not in the weights, which are below 65504: in the products."""
     changed = hostile(checkpoint, {"intermediate.dense.weight": 3e5})
-    assert not np.isfinite(run(emulate(build_cuda_graph(changed)), pack, [[2, 300, 400, 3]])).all()
+    assert max(np.abs(tensor).max() for tensor in changed.tensors.values()) < 65504
+    build, feed = BUILDERS[target]
+    assert np.isfinite(run(build_graph(changed), pad, ids[:6])).all()
+    assert not np.isfinite(run(build(changed), feed, ids[:6])).all()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "unit length"])
 def test_poolings(checkpoint: Checkpoint, ids: list[list[int]], pooling: str, normalize: bool) -> None:
     changed = dataclasses.replace(checkpoint, pooling=(pooling,), head=(Normalize(),) * normalize)
-    exact = run(build_graph(changed), pad, ids[:6])
+    exact = np.stack(list(reference_embeddings(changed, ids[:6])))
     for build, feed in BUILDERS.values():
         vectors = run(build(changed), feed, ids[:6])
+        assert vectors.shape == exact.shape
         assert is_close(vectors, exact)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.linalg.norm(exact, axis=1), rtol=2e-3)
 

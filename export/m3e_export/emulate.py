@@ -28,10 +28,9 @@ def emulated_session(data: bytes, target: str) -> Session:
         data: The ONNX file's bytes.
         target: ``cuda`` or ``tensorrt``.
     """
-    if target == "tensorrt":  # standard operators already
-        return Session(data, num_threads=available_threads(), feed=lambda input_ids, _: rectangle(input_ids))
+    lay_out = {"cuda": pack, "tensorrt": rectangle}[target]
     rewritten = emulate(onnx.load_from_string(data)).SerializeToString()
-    return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: pack(input_ids))
+    return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: lay_out(input_ids))
 
 
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:

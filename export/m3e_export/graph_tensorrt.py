@@ -152,7 +152,7 @@ class TensorrtSteps:
         q, k, v = (b.op("Reshape", part.name, b.int64(0, 0, heads, head_size)) for part in (query, key, value))
         q, k, v = (b.op("Transpose", part, perm=perm) for part, perm in ((q, _HEADS), (k, _KEYS), (v, _HEADS)))
         if site in self._int8_sites:  # whose weights are levels, and cannot take the factor up
-            q = b.op("Mul", q, b.weight("query_scale", np.array(1 / math.sqrt(head_size), np.float32), dtype))
+            q = b.op("Mul", q, b.weight(f"{site}.query_scale", np.array(1 / math.sqrt(head_size), np.float32), dtype))
         scores = b.op("MatMul", q, k)
         b.watch(site, scores)
         exact = b.cast(Value(scores, dtype), FLOAT)

@@ -22,6 +22,7 @@ from m3e.feeds import pad
 from m3e.finish import finish
 from m3e.overlap import ahead
 from m3e.progress import progress_bar
+from m3e.prompts import find_prompt, with_prompt_of
 from m3e.running import RunningGraph
 from m3e.session import Session
 from m3e.tensorrt_session import EngineBuild
@@ -143,7 +144,9 @@ class Encoder:
         session = self._running.session_here()
         embeddings = np.empty((len(texts), self.manifest.model.embedding_dim), dtype=np.float32)
         with progress_bar(len(texts), "text", show_progress_bar) as progress:
-            for rows, vectors in self._run(session, texts, self._prompt(prompt_name, prompt), batch_size):
+            for rows, vectors in self._run(
+                session, texts, find_prompt(self.manifest.model, prompt_name, prompt), batch_size
+            ):
                 embeddings[rows] = vectors
                 progress.update(len(rows))
         finished = finish(
@@ -157,11 +160,13 @@ class Encoder:
 
     def encode_query(self, sentences: str | Sequence[str], **arguments: Any) -> npt.NDArray[Any]:
         """Embed search queries: `encode` with the prompt named ``query``, if the model has one."""
-        return self.encode(sentences, **self._default_prompt(("query",), arguments))
+        return self.encode(sentences, **with_prompt_of(self.manifest.model, ("query",), arguments))
 
     def encode_document(self, sentences: str | Sequence[str], **arguments: Any) -> npt.NDArray[Any]:
         """Embed what is searched: `encode` with the prompt named ``document``, ``passage`` or ``corpus``, if any."""
-        return self.encode(sentences, **self._default_prompt(("document", "passage", "corpus"), arguments))
+        return self.encode(
+            sentences, **with_prompt_of(self.manifest.model, ("document", "passage", "corpus"), arguments)
+        )
 
     def encode_iter(
         self, sentences: Iterable[str], *, window: int = 4096, **arguments: Any
@@ -232,7 +237,7 @@ class Encoder:
             TruncationWarning: As `encode`.
         """
         texts = check_texts(sentences)
-        prompt = self._prompt(prompt_name, prompt)
+        prompt = find_prompt(self.manifest.model, prompt_name, prompt)
         if self._prompt_length(prompt):
             raise InputError(
                 "this model does not pool its prompts, which takes batches of one prompt; use Encoder.encode for it"
@@ -357,26 +362,11 @@ class Encoder:
         yield from ahead(run, planned, session.threads) if session.threads > 1 and len(texts) > 1 else map(run, planned)
         truncations.warn(stacklevel=4)
 
-    def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
-        model = self.manifest.model
-        if prompt is None:
-            name = model.default_prompt_name if prompt_name is None else prompt_name
-            if name is not None and name not in model.prompts:
-                available = ", ".join(map(repr, model.prompts)) or "none"
-                raise InputError(f"there is no prompt named {name!r}; the bundle has {available}")
-            prompt = "" if name is None else model.prompts[name]
-        return prompt
-
     def _prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt that is not pooled, [CLS] included and the closing [SEP] not."""
         if self.manifest.model.include_prompt or not prompt:
             return 0
         return int(self._tokenizer([prompt]).n_tokens[0]) - 1
-
-    def _default_prompt(self, names: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments.get("prompt") is None and arguments.get("prompt_name") is None:
-            return {**arguments, "prompt_name": next((name for name in names if name in self.prompts), None)}
-        return arguments
 
     def __repr__(self) -> str:
         return f"Encoder({str(self._folder)!r}, precision={self.precision!r}, num_threads={self.num_threads})"
