@@ -21,6 +21,7 @@ class Budget:
         lengths: Tokens, for throughput by length; on the first model.
         accuracy_texts: Sentences, or labelled pairs of a set, that vectors are compared on; None for 1000 and for all.
         corpus_sizes: Texts, for scaling by size of the corpus.
+        bound_workloads: Workloads that are measured against the bound.
     """
 
     rounds: int = 5
@@ -34,13 +35,14 @@ class Budget:
     lengths: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     accuracy_texts: int | None = None
     corpus_sizes: tuple[int, ...] = (100, 1000, 10000)
+    bound_workloads: int = 2
 
 
 FULL = Budget()
 QUICK = Budget(
     rounds=3,
     turn_s=0.7,
-    figure_s=15.0,
+    figure_s=12.0,
     latency_turn_s=0.2,
     latency_cases=((12, 1),),
     rates_per_s=(50,),
@@ -49,4 +51,5 @@ QUICK = Budget(
     lengths=(16, 128, 512),
     accuracy_texts=100,
     corpus_sizes=(100, 1000),
+    bound_workloads=1,
 )

@@ -28,7 +28,7 @@ def ask(run: Run, model: Model) -> None:
             bound = next(bound for bound in peers.BOUNDS if bound.precision == engine.precision)
             best = _best_batch(run, model, bound)
             if best is not None:
-                for workload in run.workloads:
+                for workload in run.workloads[: run.budget.bound_workloads]:
                     _side_by_side(run, model, workload, engine, bound, best)
             _profile(run, model, engine)
 
@@ -83,7 +83,7 @@ def _side_by_side(
 
 def _profile(run: Run, model: Model, engine: Engine) -> None:
     """Seconds of each operator type on a part of each workload."""
-    for workload in run.workloads:
+    for workload in run.workloads[: run.budget.bound_workloads]:
         texts = run.sample(workload, model)
 
         def measure(opened: OpenEngine, name: str = workload.name, texts: Any = texts) -> list[Series]:
