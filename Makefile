@@ -4,7 +4,7 @@ MODEL ?=
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long test-interop test-frameworks check bench gpu-check build clean
+.PHONY: help demo test test-long test-interop test-frameworks check bench build clean gpu-check
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14

@@ -25,7 +25,7 @@ from m3e.plan import attention_length, plan_batches
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e_export import modules
-from m3e_export.builder import GraphBuilder
+from m3e_export.builder import RECTANGLE, GraphBuilder
 from m3e_export.calibrate import Int8Site, calibrate
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.encoder_math import FARTHEST, FUNCTIONS, bias_by_distance
@@ -266,7 +266,7 @@ def test_a_whole_conversion_with_a_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_functions_are_the_same_in_graph_and_numpy(function: str) -> None:
-    builder = GraphBuilder(["input_ids"])
+    builder = GraphBuilder({"input_ids": RECTANGLE})
     x = builder.op("Cast", "input_ids", to=onnx.TensorProto.FLOAT)
     y = append_function(builder, function, builder.op("Mul", x, builder.const("step", 0.01, np.float32)))
     model = builder.finish({"y": (y, ["batch", "seq_len"])})

@@ -27,6 +27,7 @@ from m3e_bench.process import EngineProcess
 from m3e_bench.record import SCHEMA_VERSION, Journal, Series
 from m3e_bench.workloads import Workload, data_hashes, every_nth_batch, sized_texts, speed_workloads
 
+_WARM_UP_TEXTS = 32  # a batch of the peers
 Measure = Callable[["OpenEngine", int], list[Series]]
 
 
@@ -37,20 +38,28 @@ class OpenEngine:
     Attributes:
         engine: Which one.
         process: Where it runs.
+        threads: With which it was loaded.
         texts: Names of the texts that it was given.
-        warm: What it has done once already.
     """
 
     engine: Engine
     process: EngineProcess
+    threads: int
     texts: set[str] = field(default_factory=set)
-    warm: set[str] = field(default_factory=set)
 
     def give(self, name: str, texts: Sequence[str]) -> None:
         """Hand texts over, once."""
         if name not in self.texts:
             self.process.request("texts", name=name, texts=list(texts))
             self.texts.add(name)
+
+    def warm_up(self, texts: Sequence[str]) -> None:
+        """Encode a few of the texts, once, so that the first turn is like the others."""
+        few = texts[:: max(1, len(texts) // _WARM_UP_TEXTS)]
+        name = f"warm-up {hash(tuple(few))}"
+        if name not in self.texts:
+            self.give(name, few)
+            self.seconds(name)
 
     def seconds(self, name: str) -> float:
         """Time one call with texts that it was given."""
@@ -157,7 +166,7 @@ class Run:
         key = f"{model.name}/{engine.name}"
         if key not in self._open:
             process = self.launcher.start(engine, model)
-            self._open[key] = OpenEngine(engine, process)
+            self._open[key] = OpenEngine(engine, process, self.threads)
             process.request("load", **self.launcher.arguments(engine, model), threads=self.threads)
             fact = f"versions/{engine.name}"
             if fact not in self.journal:
@@ -173,6 +182,11 @@ class Run:
     def sample(self, workload: Workload, model: Model) -> tuple[str, ...]:
         """The part of a workload that every turn encodes; throughput has decided how large it is."""
         return every_nth_batch(workload.texts, self.journal.fact(f"parts/{workload.name}/{model.name}"))
+
+    def rounds(self, workload: Workload, model: Model) -> int:
+        """How many turns the budget has for a workload."""
+        rounds: int = self.journal.fact(f"rounds/{workload.name}/{model.name}")
+        return rounds
 
     def problem(self, engine: Engine, model: Model) -> str | None:
         """Why an engine does not run with a model, if it does not."""

@@ -19,7 +19,7 @@ import numpy as np
 from m3e import InputError
 from m3e_export.texts import corpus
 
-_PEERS_BATCH = 32  # sentence-transformers' default
+PEERS_BATCH = 32  # sentence-transformers' default
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def every_nth_batch(texts: Sequence[str], n: int) -> tuple[str, ...]:
     if n == 1:
         return tuple(texts)
     ordered = sorted(texts, key=len, reverse=True)
-    batches = [ordered[start : start + _PEERS_BATCH] for start in range(0, len(ordered), _PEERS_BATCH)]
+    batches = [ordered[start : start + PEERS_BATCH] for start in range(0, len(ordered), PEERS_BATCH)]
     kept = [text for batch in batches[n // 2 :: n] for text in batch]
     return tuple(kept[i] for i in np.random.default_rng(0).permutation(len(kept)))
 

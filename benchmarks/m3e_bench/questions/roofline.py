@@ -15,6 +15,7 @@ from m3e_bench.models import Model
 from m3e_bench.peers import Engine
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
+from m3e_bench.workloads import Workload
 
 # Rows of one product: what keeps activations in cache differs from one processor to the next.
 _BATCH_TOKENS = (512, 1024)
@@ -27,8 +28,8 @@ def ask(run: Run, model: Model) -> None:
             bound = next(bound for bound in peers.BOUNDS if bound.precision == engine.precision)
             best = _best_batch(run, model, bound)
             if best is not None:
-                for workload in run.workloads:
-                    _side_by_side(run, model, workload.name, run.sample(workload, model), engine, bound, best)
+                for workload in run.workloads[: run.budget.bound_workloads]:
+                    _side_by_side(run, model, workload, engine, bound, best)
             _profile(run, model, engine)
 
 
@@ -55,9 +56,10 @@ def _best_batch(run: Run, model: Model, bound: Engine) -> dict[str, int] | None:
 
 
 def _side_by_side(
-    run: Run, model: Model, name: str, texts: tuple[str, ...], engine: Engine, bound: Engine, best: dict[str, int]
+    run: Run, model: Model, workload: Workload, engine: Engine, bound: Engine, best: dict[str, int]
 ) -> None:
     """Tokens a second of ours and of the bound, round by round."""
+    name, texts = workload.name, run.sample(workload, model)
     tokens = int(_token_counts(run, model, texts).sum())
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
@@ -66,7 +68,7 @@ def _side_by_side(
             rate = answer["tokens"] / answer["seconds"]
         else:
             opened.give(name, texts)
-            opened.seconds(name)
+            opened.warm_up(texts)
             rate = tokens / opened.seconds(name)
         return [
             Series(
@@ -75,12 +77,13 @@ def _side_by_side(
             )
         ]  # fmt: skip
 
-    run.interleave(f"roofline {engine.precision} {name}", model, measure, engines=[engine, bound])
+    rounds = run.rounds(workload, model)
+    run.interleave(f"roofline {engine.precision} {name}", model, measure, rounds=rounds, engines=[engine, bound])
 
 
 def _profile(run: Run, model: Model, engine: Engine) -> None:
     """Seconds of each operator type on a part of each workload."""
-    for workload in run.workloads:
+    for workload in run.workloads[: run.budget.bound_workloads]:
         texts = run.sample(workload, model)
 
         def measure(opened: OpenEngine, name: str = workload.name, texts: Any = texts) -> list[Series]:

@@ -35,10 +35,10 @@ def _threads(run: Run, model: Model) -> None:
                 return []
             process = opened.process
             opened.give(workload.name, texts)
-            if f"{threads} threads" not in opened.warm:
+            if opened.threads != threads:
                 process.request("load", **run.launcher.arguments(opened.engine, model), threads=threads)
-                opened.warm = {f"{threads} threads"}
-                opened.seconds(workload.name)
+                opened.threads = threads
+            process.request("latency", name=workload.name, count=1, batch_size=32)  # the first batch is slower
             parameters = {"by": "threads", "threads": threads, "workload": workload.name}
             return [_series(model, opened, len(texts) / opened.seconds(workload.name), parameters)]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from m3e_bench.models import Model
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
-from m3e_bench.workloads import Workload, sized_texts
+from m3e_bench.workloads import PEERS_BATCH, Workload, sized_texts
 
 _ESTIMATE_TEXTS = 32  # they show how long the whole takes
 _LENGTH_TOKENS = 1024  # of all texts of one length together
@@ -19,7 +19,7 @@ def ask(run: Run, model: Model) -> None:
     for workload in run.workloads:
         _decide_parts(run, model, workload)
         texts = run.sample(workload, model)
-        _measure(run, model, workload.name, texts, {"workload": workload.name}, run.budget.rounds)
+        _measure(run, model, workload.name, texts, {"workload": workload.name}, run.rounds(workload, model))
     if model is run.models[0]:
         for length in run.budget.lengths:
             texts = sized_texts(length, max(2, _LENGTH_TOKENS // length))
@@ -33,9 +33,7 @@ def _measure(
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         opened.give(name, texts)
-        if name not in opened.warm:
-            opened.seconds(name)
-            opened.warm.add(name)
+        opened.warm_up(texts)
         engine, samples = opened.engine.name, ((len(texts) / opened.seconds(name),),)
         return [Series("throughput", "sentences_per_s", "1/s", "higher", model.name, engine, samples, parameters)]
 
@@ -60,6 +58,10 @@ def _decide_parts(run: Run, model: Model, workload: Workload) -> None:
 
     for engine in run.engines:
         run.once(f"estimate {workload.name}/{model.name}/{engine.name}", engine, model, estimate)
-    slowest = max((seconds for _, seconds in run.journal.facts(estimates)), default=0.0)
-    # At least two batches of 32 are left.
-    run.journal.keep_fact(fact, min(max(1, math.ceil(slowest / run.budget.turn_s)), max(1, len(workload.texts) // 64)))
+    seconds = [whole for _, whole in run.journal.facts(estimates)]
+    # Batches differ most in a workload with few long texts: at least four are left to stand for all.
+    parts = min(math.ceil(max(seconds, default=0.0) / run.budget.turn_s), len(workload.texts) // (4 * PEERS_BATCH))
+    round_s = sum(seconds) / max(1, parts)
+    rounds = min(run.budget.rounds, int(run.budget.figure_s / round_s)) if round_s else run.budget.rounds
+    run.journal.keep_fact(f"rounds/{workload.name}/{model.name}", max(2, rounds))
+    run.journal.keep_fact(fact, max(1, parts))
