@@ -112,7 +112,7 @@ def test_the_extras_are_all_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {"cpu", "gpu", "tensorrt", "export", "modelscope", "torch", "optimum", "server", "bulk", "bench", "dev"}
     extras |= {"ray", "spark", "chroma", "qdrant", "lancedb", "milvus", "faiss", "sqlite-vec", "langchain",
-               "llama-index", "haystack", "mteb", "sklearn", "docs", "interop"}  # fmt: skip
+               "llama-index", "haystack", "mteb", "sklearn", "docs", "frameworks"}  # fmt: skip
     assert set(project["optional-dependencies"]) == extras
     assert {re.split(r"[<>=]", item)[0] for item in project["dependencies"]} == {"numpy", "tokenizers", "tqdm"}
 

@@ -163,7 +163,7 @@ def drain_under_load(bundle: Path, rounds: int, connections: int, seconds: float
                 except OSError:
                     outcomes["refused"] += 1
                     return
-                keep = True
+                keep, first = True, True
                 while keep and not ended.is_set():
                     try:
                         writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
@@ -171,8 +171,10 @@ def drain_under_load(bundle: Path, rounds: int, connections: int, seconds: float
                         length = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
                         await reader.readexactly(length)
                     except (OSError, asyncio.IncompleteReadError):
-                        outcomes["lost"] += 1
+                        # A new connection that only the kernel had taken was never the server's.
+                        outcomes["refused" if first else "lost"] += 1
                         break
+                    first = False
                     outcomes[answer[9:12].decode()] += 1
                     keep = b"connection: close" not in answer.lower()
                 writer.close()

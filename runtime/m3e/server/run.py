@@ -24,6 +24,8 @@ from m3e.server.worker import DEFAULT_COMMAND
 
 log = logging.getLogger("m3e.server")
 
+_LAST_CALL_S = 0.1
+
 
 def serve(settings: Settings, keys: Sequence[str] = (), worker_command: Sequence[str] = DEFAULT_COMMAND) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -89,7 +91,7 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
             for model in models.opened():
                 log.info("%s is ready (%s, %d threads)", model.name, model.graph.precision, threads)
             await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-        await _drain(app, settings)
+        await _drain(app, settings, listener)
     finally:
         server.should_exit = True
         await serving
@@ -99,12 +101,15 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
         app.close()
 
 
-async def _drain(app: App, settings: Settings) -> None:
+async def _drain(app: App, settings: Settings, listener: socket.socket) -> None:
     """Say not ready and let go of connections while still answering; then refuse what is new."""
     app.state.draining = True
     log.info("draining")
     await asyncio.sleep(settings.drain_delay_s)
     app.state.refusing = True
+    # The kernel queues no more connections; those that it has are still answered, not reset.
+    listener.listen(0)
+    await asyncio.sleep(_LAST_CALL_S)
 
 
 async def _reload(app: App) -> None:
