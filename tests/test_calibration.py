@@ -67,15 +67,15 @@ def test_the_threshold_is_the_lowest_with_the_precision(pairs: list[tuple[int, b
 
 
 @pytest.fixture
-def calibrated(minilm_encoder: Encoder, tmp_path: Path) -> Path:
+def calibrated(minilm_encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     folder = Path(shutil.copytree(minilm_encoder._folder, tmp_path / "bundle"))
     (tmp_path / "pairs.tsv").write_text("".join(f"{a}\t{b}\t{label}\n" for a, b, label in PAIRS), encoding="utf-8")
     assert main(["calibrate", str(folder), str(tmp_path / "pairs.tsv"), "--precision", "0.8"]) == 0
+    assert "20 pairs, 10 of the same meaning" in capsys.readouterr().out
     return folder
 
 
-def test_calibrate_then_compare(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "20 pairs, 10 of the same meaning" in capsys.readouterr().out
+def test_calibrate_then_compare(calibrated: Path) -> None:
     encoder = Encoder(calibrated)
     assert encoder.calibration is not None
     vectors = encoder.encode([text for a, b, _ in PAIRS for text in (a, b)])

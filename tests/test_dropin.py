@@ -217,7 +217,7 @@ def test_settings(ours: SentenceTransformer, minilm_encoder: Encoder) -> None:
         ({"revision": "main"}, "revision cannot be used here"),
         ({"backend": "tpu"}, "backend is 'tpu'"),
         ({"default_prompt_name": "query"}, "no prompt named 'query'"),
-        ({"device": "cuda"}, "device is 'cuda'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
     ],
 )
 def test_what_it_cannot_do_is_an_error(minilm_encoder: Encoder, arguments: dict[str, Any], message: str) -> None:

@@ -42,8 +42,8 @@ def test_minilm(minilm_checkpoint: Path, minilm_encoder: Encoder, sentences: lis
 @pytest.mark.parametrize(
     ("shape", "stride"),
     [
-        ("small", 24),
-        ("base", 150),
+        ("small", 48),
+        ("base", 600),
         pytest.param("small", 1, marks=pytest.mark.long),
         pytest.param("base", 1, marks=pytest.mark.long),
         pytest.param("large", 4, marks=pytest.mark.long),
