@@ -210,7 +210,7 @@ def test_what_is_read(folder: Path, edits: dict[str, Any], asked: dict[str, Any]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "model_type": ({CONFIG: {"model_type": "qwen2"}}, "model_type is 'qwen2', built here are .*--frontend optimum"),
     "T5": ({CONFIG: {"model_type": "t5"}}, "model_type is 't5'"),
-    "quantised": ({CONFIG: {"quantization_config": {"bits": 4}}}, "convert the checkpoint that they came from"),
+    "quantised": ({CONFIG: {"quantization_config": {"bits": 4}}}, "convert the checkpoint that they were made of"),
     "cross-attention": ({CONFIG: {"add_cross_attention": True}}, "only encoders are built"),
     "adapter beside": ({"adapter_config.json": {}}, r"merge_and_unload\(\)"),
     "no model_type": ({CONFIG: {"model_type": ...}}, "model_type is None"),
