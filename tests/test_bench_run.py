@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from m3e import M3EError
+from m3e.bundle import Bundle
 from m3e_bench import budget, commands, environments, peers, readme
 from m3e_bench.cli import main
+from m3e_bench.engines.gemm_bound import products_only
 from m3e_bench.record import Journal, Record, load_record
 
 SMALL = dataclasses.replace(
@@ -69,13 +72,24 @@ def test_every_question_has_an_answer(record: Record) -> None:
     assert record.content["workloads"].keys() == {"corpus-short", "corpus-mixed", "sized"}
 
 
-def test_the_bound_bounds(record: Record) -> None:
-    for precision in ("int8", "fp32"):
-        ours, bound = (
-            record.find("tokens_per_s", engine=f"{name}-{precision}", workload="corpus-short")[0].flat
-            for name in ("m3e", "gemm")
-        )
-        assert max(ours) < max(bound)
+def test_the_bound_is_every_product_of_the_graph_and_nothing_else(record: Record, work: Path) -> None:
+    (folder,) = work.glob("assets/*/m3e-*/bundle")
+    bundle = Bundle(folder)
+    for precision, operator in (("int8", "MatMulIntegerToFloat"), ("fp32", "Gemm")):
+        graph = onnx.load_from_string(products_only(bundle.read(bundle.graph(precision, "cpu").file))).graph
+        sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        products = [node for node in graph.node if node.op_type != "Slice"]
+        # Two layers of hidden size 64 and inner size 128: query, key, value and output, then up and down.
+        assert {node.op_type for node in products} == {operator}
+        assert sorted(sizes[node.input[1]] for node in products) == [
+            *[(64, 64)] * 8,
+            *[(64, 128)] * 2,
+            *[(128, 64)] * 2,
+        ]
+        assert len({node.input[1] for node in products}) == 12, "each layer has its own weights"
+        bound = record.find("tokens_per_s", engine=f"gemm-{precision}", workload="corpus-short")[0]
+        ours = record.find("tokens_per_s", engine=f"m3e-{precision}", workload="corpus-short")[0]
+        assert len(bound.samples) == len(ours.samples) == 2
     operators = {one.parameters["operator"] for one in record.find("operator_s", engine="m3e-int8")}
     assert {"MatMulIntegerToFloat", "MultiHeadAttention"} <= operators
 
