@@ -55,7 +55,7 @@ def build_watched(
     builder = HalfBuilder(
         {"input_ids": (INT32, ["batch", "seq_len"]), "lengths": (INT32, ["batch"])}, fp32_sites
     )  # fmt: skip
-    steps = TensorrtSteps(builder, checkpoint, fold_divisors(int8_sites or {}))
+    steps = TensorrtSteps(builder, checkpoint, _quantizable(builder, int8_sites or {}))
     words = steps.words()
     first, *_, last = hidden_states(steps, checkpoint.config, words)
     builder.scope("pooling")
@@ -120,8 +120,8 @@ class TensorrtSteps:
         """Linear layers of one input."""
         b, dtype = self._builder, self._builder.dtype(site)
         value = b.cast(x, dtype)
-        quantized = self._int8_sites.get(site) if dtype == FLOAT16 else None
-        if quantized is not None and _fits(quantized):
+        quantized = self._int8_sites.get(site)
+        if quantized is not None:
             outputs = self._quantized(site, names, value, quantized)
         else:
             outputs = [self._linear(site, name, value, dtype) for name in names]
@@ -238,6 +238,17 @@ class _RectanglePooling(GpuPoolingNodes):
 def _symmetric_scale(site: Int8Site) -> float:
     """The step of int8 around zero that reaches as far as the site's uint8 levels."""
     return max(site.zero_point, 255 - site.zero_point) * site.scale / 127
+
+
+def _quantizable(builder: HalfBuilder, sites: Mapping[str, Int8Site]) -> dict[str, Int8Site]:
+    """Leave out what stays FP32 and what FP16 scales cannot hold, before divisors move from one site to another."""
+    left = {name: site for name, site in sites.items() if builder.dtype(name) == FLOAT16}
+    while True:
+        folded = fold_divisors(left)
+        fitting = {name: site for name, site in left.items() if _fits(folded[name])}
+        if len(fitting) == len(left):
+            return folded
+        left = fitting
 
 
 def _fits(site: Int8Site) -> bool:
