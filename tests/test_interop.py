@@ -90,8 +90,10 @@ def test_node_tools_give_the_same_vectors(
 ) -> None:
     target, code = tmp_path / "vectors.json", program(tool)
     if precision == "int8":
-        code = code.replace("model.onnx", "model_int8.onnx")
-        expected = Encoder(bundle, precision="int8").encode(TEXTS)
+        encoder = Encoder(bundle, precision="int8")
+        (file,) = (graph.file for graph in encoder.manifest.graphs if graph.precision == "int8")
+        code = code.replace("onnx/model.onnx", file)  # named after the processor that it is for
+        expected = encoder.encode(TEXTS)
     code += f"\nimport fs from 'node:fs';\nfs.writeFileSync({json.dumps(str(target))}, JSON.stringify(vectors));\n"
     run_node(node_with(*NODE), code, bundle.parents[1])
     vectors = np.array(json.loads(target.read_text()), dtype=np.float32)

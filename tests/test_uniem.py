@@ -38,6 +38,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.interop
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore::m3e.TruncationWarning")  # uniem cuts the long text, too
 @pytest.mark.parametrize("strategy", UNIEM_POOLINGS)
 def test_a_fine_tuned_model_gives_uniems_vectors(fine_tuned: Path, tmp_path: Path, strategy: str) -> None:
     checkpoint = fine_tuned / strategy / "model"
