@@ -101,8 +101,8 @@ def test_a_trained_model_and_the_shape_of_m3e_base(
 
 HOSTILE = {
     "inner activation": {"intermediate.dense.weight": 3e5},
-    "output of a layer": {"output.dense.weight": 5e5},
-    "both": {"intermediate.dense.weight": 1e3, "layer.1.output.dense.weight": 1e5},
+    "weights": {"output.dense.weight": 3e7},
+    "output of a layer": {"intermediate.dense.weight": 1e3, "layer.1.output.dense.weight": 1e5},
     "values": {"value.weight": 5e5},
     "bias of the values": {"value.bias": 1e7},
     "hidden state": {"LayerNorm.weight": 3e5},
