@@ -43,7 +43,7 @@ def test_minilm(minilm_checkpoint: Path, minilm_encoder: Encoder, sentences: lis
     ("shape", "stride"),
     [
         ("small", 48),
-        ("base", 600),
+        pytest.param("base", 600, marks=pytest.mark.long),
         pytest.param("small", 1, marks=pytest.mark.long),
         pytest.param("base", 1, marks=pytest.mark.long),
         pytest.param("large", 4, marks=pytest.mark.long),
