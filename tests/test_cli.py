@@ -235,7 +235,7 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], arguments: lis
     assert "usage: m3e" in capsys.readouterr().err
 
 
-COMMANDS = ["bench", "calibrate", "convert", "embed", "encode", "export-triton", "info", "serve", "verify"]
+COMMANDS = ["calibrate", "convert", "embed", "encode", "export-triton", "info", "serve", "verify"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
