@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from m3e import CheckpointError, DependencyError
 from m3e_export.architectures import ARCHITECTURES
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.modules import Dense, Modules, Normalize, read_modules
+from m3e_export.pipeline import _space_id
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.tokenizer import read_tokenizer
 from m3e_export.weights import read_weights
@@ -362,6 +364,24 @@ def test_a_dense_module_without_a_named_activation_has_tanh(folder: Path) -> Non
     (dense,) = found.head
     assert isinstance(dense, Dense)
     assert (dense.activation, dense.weight.shape, found.embedding_dim, found.normalize) == ("Tanh", (8, 64), 8, False)
+
+
+def test_the_space_is_named_after_all_that_decides_a_vector(folder: Path) -> None:
+    checkpoint = load(folder)
+
+    def space(**changes: Any) -> str:
+        return _space_id(dataclasses.replace(checkpoint, **changes))
+
+    weight, bias = DENSE["linear.weight"], DENSE["linear.bias"]
+    heads = [(Normalize(),), *((Dense(*parts),) for parts in (
+        (weight, bias, "Tanh"), (2 * weight, bias, "Tanh"), (weight, None, "Tanh"), (weight, bias, "Identity"),
+    ))]  # fmt: skip
+    deciding: list[dict[str, Any]] = [
+        {}, {"weights_sha256": "0"}, {"tokenizer_json": b"{}"}, {"pooling": ("cls",)}, {"pooling": ("cls", "mean")},
+        {"include_prompt": False}, *({"head": head} for head in heads),
+    ]  # fmt: skip
+    assert len({space(**changes) for changes in deciding}) == len(deciding)
+    assert space(id="another", revision="v1", folder=folder.parent, prompts={"q": "q: "}) == space()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from m3e import CertificateError, ExportError
+from m3e import CertificateError, Encoder, ExportError
 from m3e.manifest import Evaluation
 from m3e_export import certify
 from m3e_export.evaluate import neighbour_overlap, read_pairs, spearman
@@ -70,6 +71,24 @@ def test_each_loss_is_named(change: dict[str, object], expected: list[str]) -> N
     losses = certify._losses(dataclasses.replace(fine, **change))  # type: ignore[arg-type]
     assert len(losses) == len(expected)
     assert all(part in loss for part, loss in zip(expected, losses, strict=True))
+
+
+def test_vectors_that_depend_on_the_batch_are_refused_unless_the_graph_says_so(tiny_bundle: Path) -> None:
+    expected = np.random.default_rng(0).standard_normal((60, 8))
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    texts = [str(i) for i in range(60)]
+    reference = certify.References(texts, np.ones(60, np.int64), expected, (), expected[:0])
+
+    def encode(some: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        moved = expected[[int(text) for text in some]] + 1.5e-6 * (len(some) > 1)  # within the tolerance of fp32
+        return moved.astype(np.float32)
+
+    graph = Encoder(tiny_bundle, precision="fp32").manifest.graphs[0]
+    assert graph.batch_invariant
+    with pytest.raises(CertificateError, match="another vector among others than alone"):
+        certify.certify(encode, graph, reference)
+    certificate = certify.certify(encode, dataclasses.replace(graph, batch_invariant=False), reference)
+    assert 1e-6 < certificate.max_batch_difference < 5e-6
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from m3e_export.builder import RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.graph import build_graph
 from m3e_export.reference import numpy_token_embeddings
@@ -78,6 +79,13 @@ def test_a_row_without_tokens_gives_zeros_and_leaves_its_neighbour_alone(model: 
     alone, _ = run(model, [[2, 300, 3]], [[1, 1, 1]])
     np.testing.assert_allclose(embedding[0], alone[0], atol=1e-6)
     assert not embedding[1].any()
+
+
+def test_an_initializers_name_stands_for_one_value() -> None:
+    builder = GraphBuilder({"input_ids": RECTANGLE})
+    assert builder.const("one", 1, np.int64) == builder.const("one", 1, np.int64) == "one"
+    with pytest.raises(AssertionError, match="two initializers would be called one"):
+        builder.const("one", 1, np.int32)
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Checkpoint) -> None:

@@ -43,9 +43,10 @@ class GraphBuilder:
         return name
 
     def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
-        """Add an initializer and return its name; the same name again is the same initializer."""
-        if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(np.asarray(value, dtype=dtype, order="C"), name)
+        """Add an initializer and return its name; the same name again must be the same initializer."""
+        tensor = numpy_helper.from_array(np.asarray(value, dtype=dtype, order="C"), name)
+        known = self._initializers.setdefault(name, tensor)
+        assert known is tensor or known == tensor, f"two initializers would be called {name}"
         return name
 
     def int64(self, *values: int) -> str:

@@ -16,7 +16,7 @@ from m3e.progress import progress_bar
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export.checkpoint import Checkpoint
-from m3e_export.evaluate import Encode, Pair, evaluate, reference_vectors
+from m3e_export.evaluate import Encode, Pair, distinct, evaluate
 from m3e_export.reference import reference_embeddings, reference_name
 from m3e_export.texts import certificate_texts
 
@@ -54,14 +54,20 @@ class References:
 def references(checkpoint: Checkpoint, pairs: Sequence[Pair] = ()) -> References:
     """Embed the certificate's texts, and those of labelled pairs, with the reference."""
     texts = certificate_texts()
+    n_tokens, expected = _embed(checkpoint, texts)
+    pair_vectors = _embed(checkpoint, distinct(pairs))[1] if pairs else expected[:0]
+    return References(texts, n_tokens, expected, pairs, pair_vectors)
+
+
+def _embed(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Token counts (n,) and the reference's vectors (n, dim) of texts."""
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(texts)
     rows = []
     with progress_bar(int(tokens.n_tokens.sum()), "token") as progress:
         for n_tokens, row in zip(tokens.n_tokens, reference_embeddings(checkpoint, tokens.input_ids), strict=True):
             rows.append(row)
             progress.update(int(n_tokens))
-    pair_vectors = reference_vectors(checkpoint, pairs) if pairs else np.empty((0, len(rows[0])))
-    return References(texts, tokens.n_tokens, np.stack(rows), pairs, pair_vectors)
+    return tokens.n_tokens, np.stack(rows)
 
 
 def certify(encode: Encode, graph: Graph, reference: References, *, accept_accuracy: bool = False) -> Certificate:
@@ -71,7 +77,7 @@ def certify(encode: Encode, graph: Graph, reference: References, *, accept_accur
         encode: Embeds texts with it: float32 (n, dim).
         graph: What the bundle says of it.
         reference: What its vectors should be.
-        accept_accuracy: Take an int8 graph that is beyond its tolerance, and record that.
+        accept_accuracy: Take an int8 or fp16 graph that is beyond its tolerance, and record that.
 
     Returns:
         The figures.

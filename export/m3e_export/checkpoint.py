@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from m3e.errors import CheckpointError
 from m3e_export.architectures import ARCHITECTURES, Architecture, EncoderConfig, expected_tensors, read_config
+from m3e_export.files import read_json
 from m3e_export.modules import Dense, Modules, Normalize, encoder_folder, read_modules
 from m3e_export.sources import LocalCheckpoint
 from m3e_export.tokenizer import read_tokenizer
@@ -133,25 +134,6 @@ def position_rows(checkpoint: Checkpoint, dtype: npt.DTypeLike = np.float32) -> 
         if name in tensors:
             rows += tensors[name][0]
     return rows
-
-
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: Missing without a default, or not a JSON object.
-    """
-    if default is not None and not path.exists():
-        return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{str(path.parent)!r} is no checkpoint: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _read_sentence_config(folder: Path) -> dict[str, Any]:

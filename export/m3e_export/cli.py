@@ -24,11 +24,8 @@ examples:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the exporter; the exit code is returned."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Convert a sentence-embedding checkpoint (M3E and other BERTs) into a bundle of ONNX graphs.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _parser(
+        prog, "Convert a sentence-embedding checkpoint (M3E and other BERTs) into a bundle of ONNX graphs.", _EXAMPLES
     )
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
@@ -97,12 +94,7 @@ examples:
 
 def pull_main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``m3e pull``; the exit code is returned."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Convert a model of a hub into the cache, where Encoder(ID) finds it.",
-        epilog=_PULL_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _parser(prog, "Convert a model of a hub into the cache, where Encoder(ID) finds it.", _PULL_EXAMPLES)
     parser.add_argument("id", help="hub id")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the hub's default branch)")
     parser.add_argument(
@@ -112,12 +104,24 @@ def pull_main(arguments: Sequence[str] | None = None, prog: str | None = None) -
     return run_guarded(parser.parse_args(arguments))
 
 
+def _parser(prog: str | None, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _report(step: str) -> None:
+    print(step, file=sys.stderr)
+
+
 def _run_pull(parsed: argparse.Namespace) -> None:
     _require_packages()
     from m3e_export.pull import pull
 
-    print(pull(parsed.id, revision=parsed.revision, precisions=parsed.precision,
-               report=lambda step: print(step, file=sys.stderr)))  # fmt: skip
+    print(pull(parsed.id, revision=parsed.revision, precisions=parsed.precision, report=_report))
 
 
 def _require_packages() -> None:
@@ -156,7 +160,7 @@ def _run(parsed: argparse.Namespace) -> None:
         calibration=parsed.calibration,
         evaluation=parsed.eval,
         accept_accuracy=parsed.accept_accuracy,
-        report=lambda step: print(step, file=sys.stderr),
+        report=_report,
     )
     for graph in manifest.graphs:
         assert graph.certificate is not None

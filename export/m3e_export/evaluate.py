@@ -10,10 +10,6 @@ import numpy.typing as npt
 
 from m3e.errors import ExportError
 from m3e.manifest import Evaluation
-from m3e.progress import progress_bar
-from m3e.tokenizer import Tokenizer
-from m3e_export.checkpoint import Checkpoint
-from m3e_export.reference import reference_embeddings
 
 _NEIGHBOURS = 10
 _FEWEST_PAIRS = 20
@@ -52,17 +48,6 @@ def read_pairs(path: Path) -> list[Pair]:
             "with more than one label"
         )
     return pairs
-
-
-def reference_vectors(checkpoint: Checkpoint, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-    """Embed the distinct texts of some pairs with the reference: float64 (n_texts, dim), in `distinct`'s order."""
-    tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(distinct(pairs))
-    with progress_bar(len(tokens.input_ids), "text") as progress:
-        rows = []
-        for row in reference_embeddings(checkpoint, tokens.input_ids):
-            rows.append(row)
-            progress.update(1)
-    return np.stack(rows)
 
 
 def distinct(pairs: Sequence[Pair]) -> list[str]:

@@ -158,8 +158,14 @@ class GraphSteps:
         return self._builder.op("Add", a, b)
 
     def attention(self, query: str, key: str, value: str) -> str:
-        """Attention within each text."""
-        return _attention(self._builder, self._checkpoint, query, key, value, self._packing, self._bias)
+        """Attention within each text: the tokens go to their cells and back."""
+        b, packing, config = self._builder, self._packing, self._checkpoint.config
+        cells = [b.op("Gather", part, packing.cell_index) for part in (query, key, value)]
+        context = b.op(
+            "MultiHeadAttention", *cells, "", packing.mask, *([self._bias] if self._bias else []),
+            domain=CONTRIB, num_heads=config.num_attention_heads,
+        )  # fmt: skip
+        return b.op("Gather", b.op("Reshape", context, b.int64(-1, config.hidden_size)), packing.token_index)
 
     def activation(self, x: str) -> str:
         """The feed-forward block's activation."""
@@ -189,19 +195,6 @@ def pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, 
     cell_index = builder.op("Reshape", builder.op("Sub", count, builder.const("one", 1, np.int64)), shape)
     mask32 = builder.op("Cast", "attention_mask", to=onnx.TensorProto.INT32)
     return Packing(token_index, cell_index, mask32), ids, positions
-
-
-def _attention(
-    builder: GraphBuilder, checkpoint: Checkpoint, query: str, key: str, value: str, packing: Packing, bias: str
-) -> str:
-    """Self-attention within each text: three times (T, hidden) -> (T, hidden)."""
-    cells = [builder.op("Gather", part, packing.cell_index) for part in (query, key, value)]
-    context = builder.op(
-        "MultiHeadAttention", *cells, "", packing.mask, *([bias] if bias else []),
-        domain=CONTRIB, num_heads=checkpoint.config.num_attention_heads,
-    )  # fmt: skip
-    flat = builder.op("Reshape", context, builder.int64(-1, checkpoint.config.hidden_size))
-    return builder.op("Gather", flat, packing.token_index)
 
 
 def _position_bias(builder: GraphBuilder, checkpoint: Checkpoint) -> str:

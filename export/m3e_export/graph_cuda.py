@@ -1,9 +1,9 @@
 """An encoder's weights -> a graph for CUDA: FP16, and no token of padding anywhere but in attention's offsets.
 
 The runtime lays the real tokens of a batch end to end, so every kernel sees (T, hidden) and the graph never asks the
-GPU for a shape: nothing waits, and the whole can be captured. Seven kernels a layer, of onnxruntime's own:
-PackedMultiHeadAttention reads Q, K and V as the linear layers leave them (their biases are folded away, but for the
-query's), SkipLayerNormalization and BiasGelu take up the biases of the linear layers before them.
+GPU for a shape: nothing waits, and the whole can be captured. A layer is six matrix products and four of onnxruntime's
+own kernels: PackedMultiHeadAttention reads Q, K and V as the linear layers leave them (their biases are folded away,
+but for the query's), SkipLayerNormalization and BiasGelu take up the biases of the linear layers before them.
 """
 
 from __future__ import annotations

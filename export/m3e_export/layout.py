@@ -8,7 +8,8 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from m3e_export.checkpoint import Checkpoint, read_json
+from m3e_export.checkpoint import Checkpoint
+from m3e_export.files import read_json
 from m3e_export.modules import LEGACY_KEYS, Dense
 from m3e_export.tokenizer import complete_config
 

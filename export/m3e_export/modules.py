@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import CheckpointError
+from m3e_export.files import read_json
 from m3e_export.weights import find_weights, read_tensors
 
 # Keys of the older 1_Pooling/config.json -> names of the newer one, in the order in which their vectors are
@@ -126,7 +127,7 @@ def read_modules(folder: Path, name: str) -> Modules:
     if pooling_file.exists():
         pooling, include_prompt = _read_pooling(pooling_file)
         return Modules(pooling=pooling, include_prompt=include_prompt)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", default={})
     strategy = config.get("uniem_pooling_strategy", config.get("uniem_embedding_strategy"))
     if strategy is not None:
         if strategy not in UNIEM_POOLINGS:
@@ -226,18 +227,8 @@ def _read_dense(folder: Path) -> Dense:
 
 def _check_names(path: Path) -> dict[str, Any]:
     """Read a module's config and refuse one that works on anything but the sentence's vector."""
-    config = _read_json(path)
+    config = read_json(path, default={})
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise CheckpointError(f"{str(path)!r} has {key} {config[key]!r}, built here is 'sentence_embedding'")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, expected a JSON object")
-    return content

@@ -128,9 +128,8 @@ def _trace(folder: Path) -> onnx.ModelProto:
     except ImportError as error:
         raise DependencyError(_MISSING.format(name=error.name)) from error
     with tempfile.TemporaryDirectory(prefix="m3e-") as target, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the tracer's, about Python values that become constants: the certificate tells
+        # The tracer's, about Python values that become constants: the certificate tells.
+        warnings.simplefilter("ignore")
         try:
             main_export(
                 str(folder),

@@ -47,7 +47,6 @@ from m3e_export.reference import reference_name
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
 
-FRONTENDS = ("builder", "optimum")
 # Bytes of a graph for each byte of the FP32 weights: int8 has a quarter of them, or more where layers stay FP32.
 _SHARE = {"fp32": 1.1, "int8": 0.6, "fp16": 0.7}
 # Tokens that are run to find what FP16 cannot hold; the extremes come from the model's own outlier channels, in every
@@ -81,8 +80,8 @@ def convert(
         target: Where the bundle will be; it appears there whole or not at all.
         precisions: ``fp32``, ``int8``, ``fp16``.
         targets: ``cpu``, ``cuda``, ``tensorrt``; each pair of the two that there is a graph for is built.
-        frontend: Of ``FRONTENDS``: ``builder`` writes the graphs of the encoders that it knows from their weights;
-            ``optimum`` traces any other, fp32 only.
+        frontend: ``builder`` writes the graphs of the encoders that it knows from their weights; ``optimum`` traces any
+            other, fp32 only.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
@@ -92,7 +91,7 @@ def convert(
         calibration: UTF-8 file with a text a line to calibrate int8 on; None for the corpus that comes along.
         evaluation: UTF-8 file of labelled pairs, ``sentence1<TAB>sentence2<TAB>label``; their figures join the
             certificates.
-        accept_accuracy: Publish an int8 graph that is beyond its tolerance, and record that.
+        accept_accuracy: Publish an int8 or fp16 graph that is beyond its tolerance, and record that.
         report: Called with a line of text at each step.
 
     Returns:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3e.errors import CheckpointError, DependencyError
+from m3e_export.files import read_json
 
 # tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' WordPiece tokenizers let the
 # first overrule the second, their defaults included; other classes take tokenizer.json as it is.
@@ -99,13 +100,10 @@ def complete_config(
 
 def _read_options(path: Path) -> tuple[dict[str, Any], str | None]:
     """The BertNormalizer's arguments, and the name of the tokenizer's class."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        options = {ours: content.get(theirs, default) for theirs, (ours, default) in _NORMALIZER_OPTIONS.items()}
-        kind = content.get("tokenizer_class")
-        return options, None if kind is None else str(kind).removesuffix("Fast")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    content = read_json(path, default={})
+    options = {ours: content.get(theirs, default) for theirs, (ours, default) in _NORMALIZER_OPTIONS.items()}
+    kind = content.get("tokenizer_class")
+    return options, None if kind is None else str(kind).removesuffix("Fast")
 
 
 def _by_transformers(folder: Path) -> Any:

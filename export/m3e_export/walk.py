@@ -1,8 +1,8 @@
 """The way through an encoder, written once.
 
-Whoever walks it brings the steps: the graph builder appends nodes (`graph`), the reference computes in numpy
-(`numpy_steps`), calibration does it twice, exactly and quantised (`calibrate`). Layers and tensors have BERT's names,
-whatever the architecture (`architectures`).
+Whoever walks it brings the steps: the graphs append nodes (`graph`, `graph_cuda`, `graph_tensorrt`), the reference
+computes in numpy (`numpy_steps`), calibration does it twice, exactly and quantised (`calibrate`). Layers and tensors
+have BERT's names, whatever the architecture (`architectures`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ Value = TypeVar("Value")
 
 
 class Steps(Protocol[Value]):
-    """What an encoder is made of. Values are tokens laid end to end, (T, width)."""
+    """What an encoder is made of.
+
+    Values are tokens laid end to end, (T, width); in the graph for TensorRT, (batch, seq_len, width).
+    """
 
     def scope(self, name: str) -> None:
         """Say which part of the encoder the next steps belong to."""
