@@ -1,8 +1,8 @@
 """Everything about GPUs that only a GPU can show: parity, invariance and speed, on the card of this machine.
 
-  python -m benchmarks.gpu_check                       # m3e-base's shape with random weights, and its record
-  python -m benchmarks.gpu_check --checkpoint DIR      # a trained model
-  python -m benchmarks.gpu_check --device cpu --shape tiny --seconds 0.2   # the script itself, anywhere
+  make gpu-check PYTHON=python3                           # m3e-base's shape with random weights, and its record
+  make gpu-check PYTHON=python3 ARGS="--checkpoint DIR"   # a trained model
+  make gpu-check ARGS="--device cpu --shape tiny --seconds 0.2"   # the script itself, anywhere
 
 Needs nothing but this checkout, onnxruntime-gpu, onnx, torch with CUDA, transformers and sentence-transformers. Writes
 ``benchmarks/results/gpu-CARD.json``. Where TensorRT does not load the record says why. Exits with 1 where a figure
@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.checkpoints import SHAPES, write_checkpoint
 from m3e import Encoder, M3EError, __version__
 from m3e.backends import AnySession
 from m3e.cli.guard import run_guarded
 from m3e.gpu import read_card
+from m3e.overlap import ahead
+from m3e_bench.checkpoints import SHAPES, write_checkpoint
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
 
@@ -162,8 +163,6 @@ def _measure(
 
 def tokens_rate(session: AnySession, vocab_size: int, length: int, seconds: float) -> float:
     """Tokens a second from token ids of one length, through the session's own plan and as many threads as it wants."""
-    from m3e.overlap import ahead
-
     rng = np.random.default_rng(0)
     budget = getattr(session, "max_batch_tokens", 1024)
     ids = rng.integers(0, vocab_size, (max(1, 4 * budget // length), length)).tolist()

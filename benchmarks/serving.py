@@ -3,7 +3,8 @@
 Writes ``benchmarks/results/serving.json``. All traffic is on loopback; server and load share the machine's processors.
 Needs ``wrk`` (apt install wrk), whose own cost is small.
 
-  python -m benchmarks.serving BUNDLE --texts FILE [--infinity PYTHON --checkpoint FOLDER]
+  python -m benchmarks.serving BUNDLE --texts FILE
+  python -m benchmarks.serving BUNDLE --texts FILE --parts infinity --infinity PYTHON --checkpoint FOLDER
 """
 
 from __future__ import annotations
@@ -229,6 +230,8 @@ def main() -> None:
     parser.add_argument("--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb")
     parser.add_argument("--checkpoint", help="what infinity serves")
     parsed = parser.parse_args()
+    if "infinity" in parsed.parts and not (parsed.infinity and parsed.checkpoint):
+        parser.error("--parts infinity needs --infinity PYTHON and --checkpoint FOLDER")
     lines = Path(parsed.texts).read_text(encoding="utf-8").splitlines()[:2000]
     texts = [line.split("\t")[0] for line in lines if line.split("\t")[0]]
     measures: dict[str, Callable[[], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from m3e import InputError
 from m3e_bench.peers import ENGINES, choose
-from m3e_bench.questions.accuracy import compare_vectors, rank, spearman
+from m3e_bench.questions.accuracy import compare_vectors, rank
+from m3e_bench.questions.roofline import _count_tokens
 from m3e_bench.record import Series
 from m3e_bench.statistics import ratio
 from m3e_bench.workloads import (
@@ -30,14 +32,15 @@ def slow_ranks(x: Array) -> Array:
     return np.array([np.mean([sum(b < a for b in x) + 1, sum(b <= a for b in x)]) for a in x])
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_spearman_is_the_correlation_of_ranks(ties: bool) -> None:
+@pytest.mark.parametrize("name", ["zh-stsb", "zh-lcqmc"])
+def test_the_correlation_is_of_labels_and_cosines_of_each_pair(name: str) -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal(60), rng.integers(0, 6, 60) if ties else rng.standard_normal(60)
-    expected = np.corrcoef(slow_ranks(a), slow_ranks(b))[0, 1]
-    assert spearman(a, b) == pytest.approx(expected, abs=1e-12)
-    assert spearman(a, np.exp(a)) == pytest.approx(1)
-    assert spearman(a, -a) == pytest.approx(-1)
+    vectors = rng.standard_normal((120, 8))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (vectors[:60] * vectors[60:]).sum(axis=1)
+    scores = np.clip(np.round(3 + 2 * cosines + rng.standard_normal(60)), 0, 5)
+    expected = np.corrcoef(slow_ranks(cosines), slow_ranks(scores))[0, 1]
+    assert rank(vectors, scores, name)["spearman"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_same_vectors_are_equal_in_every_figure() -> None:
@@ -65,17 +68,21 @@ def test_figures_of_vectors_that_moved() -> None:
     assert found["top10_overlap"] == pytest.approx(overlap, abs=1e-9)
 
 
-def test_ndcg_of_a_worked_example() -> None:
-    """Three queries whose own answers come first, third and not among the first ten."""
+@pytest.mark.parametrize(("name", "alike", "unlike"), [("zh-lcqmc", 1.0, 0.0), ("en-stsb", 4.0, 3.9)])
+def test_ndcg_of_a_worked_example(name: str, alike: float, unlike: float) -> None:
+    """Four queries whose own answers come first, third, last of twelve and tenth."""
     corpus = np.eye(12)
     left = np.zeros((12, 12))
     left[0, 0] = 1
     left[1, [4, 5, 1]] = 3, 2, 1
     left[2] = np.linspace(2, 1, 12)
     left[2, 2] = 0.1
+    left[3, [0, 1, 2, 4, 5, 6, 7, 8, 9]] = 2
+    left[3, 3] = 1
     vectors = np.concatenate([left, corpus])
-    scores = np.array([1.0] * 3 + [0.0] * 9)
-    assert rank(vectors, scores, "zh-lcqmc")["ndcg_at_10"] == pytest.approx((1 + 1 / math.log2(4) + 0) / 3)
+    scores = np.array([alike] * 4 + [unlike] * 8)
+    expected = (1 + 1 / math.log2(4) + 0 + 1 / math.log2(11)) / 4
+    assert rank(vectors, scores, name)["ndcg_at_10"] == pytest.approx(expected)
 
 
 def test_a_ratio_has_the_spread_of_its_rounds() -> None:
@@ -89,6 +96,12 @@ def test_a_ratio_has_the_spread_of_its_rounds() -> None:
 def test_texts_of_a_length_have_that_length(tiny_encoder: Any) -> None:
     for length in (8, 12, 128, 500):
         assert set(tiny_encoder.count_tokens(sized_texts(length, 20))) == {length}
+
+
+def test_tokens_are_counted_as_the_model_cuts(tiny_bundle: Path) -> None:
+    run: Any = types.SimpleNamespace(engines=ENGINES, launcher=types.SimpleNamespace(bundle=lambda *_: tiny_bundle))
+    model: Any = None
+    assert _count_tokens(run, model, ("好" * 10, "好" * 600)) == 12 + 512
 
 
 def test_workloads_are_the_same_every_time_and_work_without_data(data_dir: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def test_every_question_has_an_answer(record: Record) -> None:
     assert rounds == {2}
     assert all(sample > 0 for one in record.series if one.unit in ("1/s", "ms", "MB") for sample in one.flat)
     assert record.content["workloads"].keys() == {"corpus-short", "corpus-mixed", "sized"}
+
+
+def test_engines_take_turns_there_and_back(record: Record, work: Path) -> None:
+    (journal,) = (work / "runs").glob("*/finished.jsonl")
+    steps = [json.loads(line).get("step", "") for line in journal.read_text(encoding="utf-8").splitlines()]
+    turns = [step.split("/")[2:] for step in steps if step.startswith("throughput corpus-short/")]
+    assert turns == [["m3e-int8", "0"], ["m3e-fp32", "0"], ["m3e-fp32", "1"], ["m3e-int8", "1"]]
 
 
 def test_the_bound_is_every_product_of_the_graph_and_nothing_else(record: Record, work: Path) -> None:

@@ -17,7 +17,7 @@ from m3e_bench import commands
 
 _EXAMPLES = """\
 examples:
-  {prog} --quick                                     two minutes: record, tables and page under .bench/report
+  {prog} --quick                                     a first look: record, tables and page under .bench/report
   {prog} --models small base --data DATA             every peer; goes on where it was interrupted
   {prog} --engines m3e-int8 --endpoint tei=http://localhost:8080/v1
   {prog} engines                                     what is compared, and what installs here
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "m3e bench") -> int
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="two minutes, only what is installed already")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds (meant to take about two minutes), only what is installed"
+    )
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL",
         help="shapes with random weights (tiny small base large), minilm, or checkpoint folders (default: small)",

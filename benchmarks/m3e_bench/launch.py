@@ -89,7 +89,7 @@ class Launcher:
         return environments.interpreter(engine.environment, self._work)
 
     def _brief(self, model: Model) -> bool:
-        """Whether to calibrate on few texts: all take minutes, and random weights have no accuracy to spoil."""
+        """Whether to calibrate on few texts: that is quicker, and random weights have no accuracy to spoil."""
         return self._quick and model.weights == "random"
 
     def _process(self, engine: Engine) -> EngineProcess:

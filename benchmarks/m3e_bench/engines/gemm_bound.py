@@ -23,10 +23,11 @@ class Engine:
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str, brief: bool = False) -> None:
         from m3e.bundle import Bundle
+        from m3e.cpu import cpu_features
 
         bundle = Bundle(folder / "bundle")
         self._threads = threads
-        self._model = products_only(bundle.read(bundle.graph(precision, "cpu").file))
+        self._model = products_only(bundle.read(bundle.graph(precision, "cpu", cpu_features()).file))
         self._sessions: dict[tuple[int, int], list[Any]] = {}
 
     def run(self, tokens: int, batch_tokens: int, workers: int) -> dict[str, Any]:

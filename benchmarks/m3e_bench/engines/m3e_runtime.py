@@ -33,14 +33,15 @@ class Engine:
         from m3e import Encoder, TruncationWarning
 
         warnings.simplefilter("ignore", TruncationWarning)  # the peers cut in silence
-        self.encoder = Encoder(folder / "bundle", precision=precision, num_threads=threads)
+        self._bundle = folder / "bundle"
+        self.encoder = Encoder(self._bundle, precision=precision, num_threads=threads)
 
     def encode(self, texts: list[str]) -> Any:
         """Embed texts."""
         return self.encoder.encode(texts)
 
     def profile(self, texts: list[str], max_batch_tokens: int = 1024) -> dict[str, Any]:
-        """Run the bundle's graph under onnxruntime's profiler, in batches of similar length.
+        """Run the graph that the encoder runs under onnxruntime's profiler, in batches of similar length.
 
         Returns:
             Seconds by operator type.
@@ -48,8 +49,9 @@ class Engine:
         import onnxruntime
 
         from m3e.bundle import Bundle
+        from m3e.cpu import cpu_features
 
-        bundle = Bundle(self.encoder._folder)
+        bundle = Bundle(self._bundle)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.encoder.num_threads
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -57,11 +59,11 @@ class Engine:
         counts = self.encoder.count_tokens(texts)
         with tempfile.TemporaryDirectory() as place:
             options.profile_file_prefix = str(Path(place) / "profile")
-            graph = bundle.graph(self.encoder.precision, "cpu")
+            graph = bundle.graph(self.encoder.precision, "cpu", cpu_features())
             session = onnxruntime.InferenceSession(bundle.read(graph.file), options, providers=["CPUExecutionProvider"])
             order, start = np.argsort(counts, kind="stable"), 0
             while start < len(order):
-                length = int(min(512, counts[order[start]]))
+                length = int(min(bundle.manifest.model.max_seq_length, counts[order[start]]))
                 rows = order[start : start + max(1, max_batch_tokens // max(length, 1))]
                 session.run(["sentence_embedding"], self.encoder.tokenize([texts[i] for i in rows]))
                 start += len(rows)

@@ -36,7 +36,7 @@ def measure_quality(parsed: argparse.Namespace) -> None:
     tables = []
     with Run(models, [], engines, data, parsed.work, parsed.threads, FULL, quick=False, fresh=True) as run:
         for model in models:
-            local = local_tasks(data, "zh" if model.vocab_size == 21128 else "en", parsed.limit)
+            local = local_tasks(data, model.language, parsed.limit)
             found = {engine.name: _evaluate(run, python, engine, model, parsed.tasks, local) for engine in engines}
             tables.append(_table(model, engines, found))
         record = run.record()

@@ -16,6 +16,7 @@ from m3e_bench.peers import REFERENCE, Engine
 from m3e_bench.record import Series
 from m3e_bench.runner import OpenEngine, Run
 from m3e_bench.workloads import accuracy_texts, labelled_pairs
+from m3e_export.evaluate import neighbour_overlap, spearman
 
 Array = np.ndarray[Any, Any]
 _TOP = 10
@@ -27,9 +28,8 @@ def ask(run: Run, model: Model) -> None:
     Without the reference (a quick run where PyTorch is not installed) ours in FP32 takes its place, and the record's
     parameters say so.
     """
-    language = "zh" if model.vocab_size == 21128 else "en"  # Google's Chinese vocabulary
-    sets = labelled_pairs(run.data, language, run.budget.accuracy_texts) if model.weights == "trained" else []
-    texts = {"corpus": accuracy_texts(language, run.budget.accuracy_texts)}
+    sets = labelled_pairs(run.data, model.language, run.budget.accuracy_texts) if model.weights == "trained" else []
+    texts = {"corpus": accuracy_texts(model.language, run.budget.accuracy_texts)}
     texts |= {pairs.name: pairs.left + pairs.right for pairs in sets}
     scores = {pairs.name: pairs.scores for pairs in sets}
     reference = _reference(run, model)
@@ -84,9 +84,12 @@ def _vectors(opened: OpenEngine, name: str, texts: Sequence[str]) -> Array:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "vectors.npy"
         opened.process.request("vectors", name=f"accuracy {name}", path=str(path))
-        vectors: Array = np.load(path)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors
+        return _unit(np.load(path))
+
+
+def _unit(vectors: Array) -> Array:
+    rows: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return rows
 
 
 def compare_vectors(vectors: Array, expected: Array) -> dict[str, float]:
@@ -96,27 +99,14 @@ def compare_vectors(vectors: Array, expected: Array) -> dict[str, float]:
         vectors: (n, dim).
         expected: (n, dim), the reference's.
     """
-    vectors, expected = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (vectors, expected))
-    cosines = (vectors.astype(np.float64) * expected).sum(axis=1)
+    vectors, expected = (_unit(x.astype(np.float64)) for x in (vectors, expected))
+    cosines = (vectors * expected).sum(axis=1)
     return {
         "cosine_mean": float(cosines.mean()),
         "cosine_p1": float(np.percentile(cosines, 1)),
         "cosine_min": float(cosines.min()),
-        "top10_overlap": _overlap(vectors, expected),
+        "top10_overlap": neighbour_overlap(vectors, expected),
     }
-
-
-def _overlap(vectors: Array, expected: Array) -> float:
-    """Mean share of the ten nearest other texts that stay among the ten nearest."""
-    k = min(_TOP, len(vectors) - 1)
-    rows = slice(0, 2000)  # enough queries; the candidates are all texts
-    nearest = []
-    for x in (vectors, expected):
-        scores = x[rows] @ x.T
-        np.fill_diagonal(scores, -np.inf)
-        nearest.append(np.argpartition(-scores, k - 1, axis=1)[:, :k])
-    shared = [len(set(a) & set(b)) for a, b in zip(*nearest, strict=True)]
-    return float(np.mean(shared)) / k
 
 
 def rank(vectors: Array, scores: Array, name: str) -> dict[str, float]:
@@ -134,18 +124,6 @@ def rank(vectors: Array, scores: Array, name: str) -> dict[str, float]:
         "spearman": spearman((left * right).sum(axis=1), scores),
         "ndcg_at_10": float(np.mean(_ndcg(left[alike] @ right.T, np.flatnonzero(alike)))),
     }
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Spearman's rank correlation, ties with their mean rank (Spearman 1904)."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(x: Array) -> Array:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Array = (last - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def _ndcg(scores: Array, relevant: Array) -> Array:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
-
+from m3e.bundle import Bundle
+from m3e.tokenizer import Tokenizer
 from m3e_bench import peers
 from m3e_bench.models import Model
 from m3e_bench.peers import Engine
@@ -60,7 +60,7 @@ def _side_by_side(
 ) -> None:
     """Tokens a second of ours and of the bound, round by round."""
     name, texts = workload.name, run.sample(workload, model)
-    tokens = int(_token_counts(run, model, texts).sum())
+    tokens = _count_tokens(run, model, texts)
 
     def measure(opened: OpenEngine, number: int) -> list[Series]:
         if opened.engine is bound:
@@ -99,12 +99,9 @@ def _profile(run: Run, model: Model, engine: Engine) -> None:
         run.once(f"roofline profile {workload.name}/{model.name}/{engine.name}", engine, model, measure)
 
 
-def _token_counts(run: Run, model: Model, texts: tuple[str, ...]) -> np.ndarray[Any, Any]:
-    """Real tokens of each text, special ones included, cut as the model cuts."""
-    import tokenizers
-
+def _count_tokens(run: Run, model: Model, texts: tuple[str, ...]) -> int:
+    """Real tokens of all texts, special ones included, cut as the model cuts."""
     ours = next(engine for engine in run.engines if engine.ours)
-    tokenizer = tokenizers.Tokenizer.from_file(str(run.launcher.bundle(ours, model) / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return np.array([min(512, len(encoding.ids)) for encoding in tokenizer.encode_batch(list(texts))])
+    bundle = Bundle(run.launcher.bundle(ours, model))
+    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.max_seq_length)
+    return int(tokenizer(texts).n_tokens.sum())

@@ -10,6 +10,12 @@ from m3e_bench.peers import REFERENCE
 from m3e_bench.record import Record, Series
 from m3e_bench.statistics import STATISTICS, Ratio, median, ratio, spread
 
+# Metrics of accuracy and their names for people, in the order of the tables' columns.
+ACCURACY = {
+    "cosine_mean": "mean cosine", "cosine_p1": "p1", "cosine_min": "min", "top10_overlap": "top-10 overlap",
+    "spearman": "Spearman", "ndcg_at_10": "nDCG@10",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -52,12 +58,6 @@ def rows(record: Record, found: Iterable[Series]) -> list[Row]:
 def is_ours(record: Record, engine: str) -> bool:
     """Whether an engine is m3e."""
     return bool(record.content["engines"].get(engine, {}).get("ours", False))
-
-
-def models_with(record: Record, metric: str) -> list[str]:
-    """Models that have a metric, in the record's order."""
-    measured = {one.model for one in record.series if one.metric == metric}
-    return [name for name in record.content["models"] if name in measured]
 
 
 def values(record: Record, metric: str, parameter: str, **where: Any) -> list[Any]:
@@ -104,13 +104,13 @@ def cost_per_million(sentences_per_s: float, price_per_hour: float) -> float:
     return 1e6 / sentences_per_s / 3600 * price_per_hour
 
 
-def accuracy(record: Record, model: str, engine: str, name: str) -> dict[str, float]:
-    """Every accuracy figure of an engine on a set."""
-    return {
-        one.metric: median(one)
-        for one in record.series
-        if one.question == "accuracy" and (one.model, one.engine) == (model, engine) and one.parameters["set"] == name
-    }
+def accuracy(record: Record, model: str, name: str) -> dict[str, dict[str, float]]:
+    """Every accuracy figure on a set: engine -> metric -> value; engines in the record's order."""
+    found: dict[str, dict[str, float]] = {engine: {} for engine in record.content["engines"]}
+    for one in record.series:
+        if one.question == "accuracy" and one.model == model and one.parameters["set"] == name and one.engine in found:
+            found[one.engine][one.metric] = median(one)
+    return {engine: metrics for engine, metrics in found.items() if metrics}
 
 
 def number(value: float) -> str:

@@ -6,12 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from m3e_bench.record import Record
 from m3e_bench.report import figures
-from m3e_bench.report.figures import number, times
-
-ACCURACY = {
-    "cosine_mean": "mean cosine", "cosine_p1": "p1", "cosine_min": "min", "top10_overlap": "top-10 overlap",
-    "spearman": "Spearman", "ndcg_at_10": "nDCG@10",
-}  # fmt: skip
+from m3e_bench.report.figures import ACCURACY, number, times
 
 
 def render_markdown(record: Record, price_per_hour: float) -> str:
@@ -80,12 +75,10 @@ def _single(record: Record, model: str, metric: str, heading: str, **where: str)
 def _accuracy(record: Record, model: str) -> list[str]:
     lines = []
     for name in figures.values(record, "cosine_mean", "set", model=model):
-        table = []
-        for engine in record.content["engines"]:
-            found = figures.accuracy(record, model, engine, name)
-            if found:
-                cells = (f"{found[metric]:.5f}" if metric in found else "" for metric in ACCURACY)
-                table.append((record.title(engine), *cells))
+        table = [
+            (record.title(engine), *(f"{found[metric]:.5f}" if metric in found else "" for metric in ACCURACY))
+            for engine, found in figures.accuracy(record, model, name).items()
+        ]
         lines += _table(f"Accuracy against FP32 PyTorch, {name}", ["engine", *ACCURACY.values()], table)
     return lines
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from m3e_bench.record import Record
 from m3e_bench.report import figures
-from m3e_bench.report.markdown import ACCURACY
+from m3e_bench.report.figures import ACCURACY
 from m3e_bench.statistics import median
 
 
@@ -15,12 +15,10 @@ def accuracy(record: Record, model: str) -> str:
     """One table for each set of texts; empty where nothing was compared."""
     parts = []
     for name in figures.values(record, "cosine_mean", "set", model=model):
-        lines = []
-        for engine in record.content["engines"]:
-            found = figures.accuracy(record, model, engine, name)
-            if found:
-                cells = [f"<td>{_digits(metric, found.get(metric))}</td>" for metric in ACCURACY]
-                lines.append(_line(record, engine, cells))
+        lines = [
+            _line(record, engine, [f"<td>{_digits(metric, found.get(metric))}</td>" for metric in ACCURACY])
+            for engine, found in figures.accuracy(record, model, name).items()
+        ]
         parts.append(f"<h3>{html.escape(name)}</h3>{_table(['engine', *ACCURACY.values()], lines)}")
     return "<br>".join(parts)
 
