@@ -39,6 +39,12 @@ def put(cache: EngineCache, key: EngineKey = KEY, content: bytes = b"engine") ->
     return found
 
 
+def test_the_folder_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert EngineCache().root == tmp_path / "m3e" / "engines"
+    assert EngineCache().root.stat().st_mode & 0o777 == 0o700
+
+
 def test_what_was_built_is_found(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "cache")
     assert cache.find(KEY) is None

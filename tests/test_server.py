@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from m3e import Encoder, InputError
 from m3e.cli.main import main
 from m3e.server.compat import DEFAULT_KEY, expand
 from m3e.server.settings import Settings
+from m3e_export.pipeline import convert
 
 TEXTS = ["今天天气真好", "How do I reset my password?", " ", "a 🍜 “quoted”", "长" * 700]
 CANARY = "canary-9f3a"
@@ -411,6 +413,34 @@ def test_no_text_comes_back_or_into_the_log(server: Server) -> None:
         assert CANARY.encode() not in reply.body
     assert CANARY.encode() not in server.get("/metrics").body
     assert CANARY not in "".join(server.log)
+
+
+def test_what_was_cut_of_a_very_long_text_is_told_as_at_least(server: Server, token_bundle: Path) -> None:
+    text = "长" * 20_000
+    full = int(Encoder(token_bundle).count_tokens([text], exact=False)[0])
+    assert 512 < full < 20_002
+    assert server.post("/embed", {"inputs": text}).headers["x-input-tokens"] == f"512/{full}"
+    assert server.post("/v1/embeddings", {"input": text}).json["data"][0]["truncated_tokens"] == full - 512
+    refusal = server.post("/embed", {"inputs": text, "truncate": False}).json["error"]
+    assert refusal == f"Input validation error: `inputs` must have less than 512 tokens. Given: {full}"
+
+
+def test_a_prompt_that_is_not_pooled_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    pooling = checkpoint / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    described = checkpoint / "config_sentence_transformers.json"
+    described.write_text(json.dumps({"prompts": {"query": "为这个句子"}}))
+    convert(str(checkpoint), tmp_path / "bundle")
+    with running(tmp_path / "bundle") as server:
+        np.testing.assert_array_equal(
+            vectors(server.post("/embed", {"inputs": TEXTS[:1], "normalize": False})),
+            Encoder(tmp_path / "bundle").encode(TEXTS[:1]),
+        )
+        reply = server.post("/embed", {"inputs": "a", "prompt_name": "query"})
+        assert_tei_error(reply, 422, "Validation")
+        assert "does not pool its prompts" in reply.json["error"]
 
 
 # Settings

@@ -28,6 +28,9 @@ from benchmarks.server_process import FAILING, Server, running, start, stop
 from m3e import Encoder
 from tests.failing_server import DIES, HANGS, NANS, RAISES, SLOW
 
+if sys.platform != "linux":
+    pytest.skip("processes are looked up in /proc", allow_module_level=True)
+
 PLAIN = [f"今天天气真好 {i}" for i in range(40)]
 
 
@@ -376,7 +379,3 @@ def test_memory_after_many_requests(tiny_bundle: Path, first: int, more: int) ->
         before = server.resident_kb()
         churn(server, more, 1)
         assert server.resident_kb() - before <= 8_000
-
-
-if sys.platform != "linux":
-    pytest.skip("processes are looked up in /proc", allow_module_level=True)

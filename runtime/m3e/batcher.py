@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
@@ -46,7 +47,7 @@ class Batcher:
 
     def encode(
         self,
-        sentences: str | list[str],
+        sentences: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         *,

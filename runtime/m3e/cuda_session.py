@@ -22,7 +22,7 @@ from m3e.providers import CUDA, cuda_options, cuda_runtime, open_on_gpu
 from m3e.session import Float32Array, check_finite, import_onnxruntime
 
 OUTPUT = "sentence_embedding"
-# What a batch may take of the card: another process may want the rest, and more tokens are no faster.
+# What a batch may take of the card; another process may want the rest.
 _MEMORY_SHARE = 0.2
 _MOST_TOKENS = 32768
 
@@ -66,7 +66,22 @@ class Bucket:
 BUCKETS = (Bucket(1, 32, 32), Bucket(1, 128, 128), Bucket(1, 512, 512), Bucket(8, 128, 256), Bucket(32, 128, 1024))
 
 
-class CudaSession:
+class CardSession:
+    """What the sessions on a card have in common: two batches are under way, and more texts tokenised meanwhile."""
+
+    threads = 2  # while one waits for Python, the card works for the other
+    window: int | None = 2048
+
+    def abandon(self) -> None:
+        """Refuse: a forked child cannot use its parent's card.
+
+        Raises:
+            StartError: Always.
+        """
+        raise StartError("CUDA does not survive a fork; start child processes with 'spawn' or 'forkserver'")
+
+
+class CudaSession(CardSession):
     """One graph opened on a card. Safe to call from several threads at once.
 
     Args:
@@ -86,8 +101,6 @@ class CudaSession:
     """
 
     device = "cuda"
-    threads = 2  # while one waits for Python, the card works for the other
-    window: int | None = 2048
 
     def __init__(
         self,
@@ -192,14 +205,6 @@ class CudaSession:
             yield buffer
         finally:
             self._buffers.put(buffer)
-
-    def abandon(self) -> None:
-        """Refuse: a forked child cannot use its parent's card.
-
-        Raises:
-            StartError: Always.
-        """
-        raise StartError("CUDA does not survive a fork; start child processes with 'spawn' or 'forkserver'")
 
 
 class _Captured:

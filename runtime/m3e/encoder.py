@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ class Encoder:
             raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "precision": precision, "device": device, "num_threads": num_threads,
             "device_id": device_id, "engine_cache": engine_cache,
         }  # fmt: skip
@@ -372,8 +373,4 @@ class Encoder:
         return f"Encoder({str(self._folder)!r}, precision={self.precision!r}, num_threads={self.num_threads})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._folder, self._arguments)
-
-
-def _reopen(folder: Path, arguments: dict[str, Any]) -> Encoder:
-    return Encoder(folder, **arguments)
+        return functools.partial(Encoder, **self._arguments), (self._folder,)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from m3e.cache import cache_folder
 from m3e.errors import StartError
 
 _LIST = "engines.json"
@@ -56,14 +57,14 @@ class EngineCache:
     """A private folder with one folder for each key.
 
     Args:
-        root: The folder; None for ``~/.cache/m3e/engines``. It is made if it is missing.
+        root: The folder; None for ``engines`` in `m3e.cache.cache_folder`. It is made if it is missing.
 
     Raises:
         StartError: It belongs to somebody else, or others may write there.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = Path.home() / ".cache" / "m3e" / "engines" if root is None else root
+        self.root = cache_folder() / "engines" if root is None else root
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

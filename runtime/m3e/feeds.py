@@ -32,23 +32,19 @@ def pad(input_ids: Sequence[Sequence[int]], seq_len: int | None = None) -> Feeds
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def rectangle(input_ids: Sequence[Sequence[int]], seq_len: int | None = None, rows: int | None = None) -> Feeds:
+def rectangle(input_ids: Sequence[Sequence[int]]) -> Feeds:
     """Lay lists of ids out as a rectangle with lengths, for TensorRT.
 
     Args:
         input_ids: Token ids of each text.
-        seq_len: Width, at least the longest text's; None for just that.
-        rows: Height, at least the number of texts; None for just that. Rows beyond the texts hold one token of id 0.
 
     Returns:
-        ``input_ids``, int32 (rows, seq_len), and ``lengths``, int32 (rows,).
+        ``input_ids``, int32 (batch, seq_len), as wide as the longest text, and ``lengths``, int32 (batch,).
     """
-    lengths = np.ones(rows or len(input_ids), dtype=np.int32)
-    lengths[: len(input_ids)] = _lengths(input_ids)
-    ids = np.zeros((len(lengths), seq_len or int(lengths.max())), dtype=np.int32)
+    lengths = _lengths(input_ids)
+    ids = np.zeros((len(lengths), int(lengths.max())), dtype=np.int32)
     inside = np.arange(ids.shape[1], dtype=np.int32) < lengths[:, None]
-    inside[len(input_ids) :] = False
-    ids[inside] = _flat(input_ids, int(lengths[: len(input_ids)].sum()))
+    ids[inside] = _flat(input_ids, int(lengths.sum()))
     return {"input_ids": ids, "lengths": lengths}
 
 

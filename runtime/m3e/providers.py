@@ -131,7 +131,7 @@ def preload(provider: str) -> None:
     """Load NVIDIA's libraries from the wheels that carry them, where they are; elsewhere the loader finds its own."""
     onnxruntime = import_onnxruntime()
     if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; `why_not` says it better
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, as `missing_library` says
             onnxruntime.preload_dlls()
     spec = importlib.util.find_spec("tensorrt_libs") if provider == TENSORRT else None
     if spec is not None and spec.submodule_search_locations:

@@ -16,7 +16,7 @@ from m3e.plan import attention_length, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
 
-# Bounds the memory of a batch; half as many tokens were no faster.
+# Bounds the memory of a batch.
 _MAX_BATCH_TOKENS = 1024
 
 
@@ -116,7 +116,7 @@ def check_finite(vectors: Float32Array) -> Float32Array:
 
 
 def _return_freed_memory() -> None:
-    """Give what loading has freed back to the system: 20 to 50 MB that glibc would keep for itself."""
+    """Give what loading has freed back to the system; glibc would keep it for itself."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3e.cuda_session import OUTPUT, batch_tokens
+from m3e.cuda_session import OUTPUT, CardSession, batch_tokens
 from m3e.errors import InferenceError, M3EError, StartError
 from m3e.feeds import rectangle
 from m3e.manifest import Model
@@ -80,7 +80,7 @@ def edges(max_seq_length: int) -> list[int]:
     return sorted({min(edge, max_seq_length) for edge in (*_EDGES, max_seq_length)})
 
 
-class TensorrtSession:
+class TensorrtSession(CardSession):
     """One graph as TensorRT engines. Safe to call from several threads at once.
 
     Opening takes minutes where an engine is missing from the folder, seconds where they are all there.
@@ -99,8 +99,6 @@ class TensorrtSession:
     """
 
     device = "tensorrt"
-    threads = 2
-    window: int | None = 2048
 
     def __init__(
         self,
@@ -163,14 +161,6 @@ class TensorrtSession:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InferenceError(f"TensorRT failed on a batch of {len(input_ids)} texts: {error}") from error
         return check_finite(result)
-
-    def abandon(self) -> None:
-        """Refuse: a forked child cannot use its parent's card.
-
-        Raises:
-            StartError: Always.
-        """
-        raise StartError("CUDA does not survive a fork; start child processes with 'spawn' or 'forkserver'")
 
 
 def max_tokens(model_facts: Model, memory_bytes: int) -> int:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder written by convert.py --target tensorrt")
     parser.add_argument("--precision", choices=["auto", "fp16", "int8"], default="auto", help="default: fp16, if there")
     parser.add_argument("--device-id", type=int, default=0, metavar="N", help="which card (default: 0)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="default: ~/.cache/m3e/engines")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="default: the user's own, of m3e's cache")
     parser.set_defaults(run=_run)
 
 

@@ -53,8 +53,10 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def certificate_lines(certificate: object) -> list[str]:
-    """Lay a certificate out as lines of name and value."""
+    """Lay a certificate out as lines of name and value, the values below each other."""
+    facts: dict[str, object] = dataclasses.asdict(certificate)  # type: ignore[call-overload]
+    width = max(map(len, facts)) + 2
     return [
-        f"  {name:<20}{f'{value:.3g}' if isinstance(value, float) and value < 0.9 else value}"
-        for name, value in dataclasses.asdict(certificate).items()  # type: ignore[call-overload]
+        f"  {name:<{width}}{f'{value:.3g}' if isinstance(value, float) and value < 0.9 else value}"
+        for name, value in facts.items()
     ]

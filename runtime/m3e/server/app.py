@@ -52,7 +52,7 @@ _MISJOINED = (
 
 @dataclass(slots=True)
 class State:
-    """What the probes tell: opened once every bundle is, draining once the end has begun, closed to new work last."""
+    """How far the end is: draining once it has begun, so no longer ready; refusing new work last."""
 
     draining: bool = False
     refusing: bool = False

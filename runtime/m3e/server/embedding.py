@@ -25,8 +25,15 @@ async def tokenize(
     """Tokenise a request's inputs and hold them to the limits.
 
     Raises:
-        Problem: A text is too long and may not be cut, or there are too many tokens together.
+        Problem: A text is too long and may not be cut, there are too many tokens together, or the model leaves prompts
+            out of its pooling.
     """
+    if prompt and not model.manifest.model.include_prompt:
+        raise Problem(
+            "unsupported_value",
+            "This model does not pool its prompts, and requests that share a batch may differ; use Encoder.encode.",
+            param="prompt_name",
+        )
     started = time.perf_counter()
     if inputs.token_ids:
         tokens = _as_tokens(inputs.token_ids, model.max_seq_length)
@@ -40,7 +47,7 @@ async def tokenize(
         n, limit = int(tokens.n_tokens_full[cut[0]]), model.max_seq_length
         raise Problem(
             "context_length_exceeded",
-            f"{where} has {n} tokens, the model reads at most {limit}; split it, or allow truncation.",
+            f"{where} has at least {n} tokens, the model reads at most {limit}; split it, or allow truncation.",
             param=where,
             tei_message=f"Input validation error: `{name}` must have less than {limit} tokens. Given: {n}",
         )

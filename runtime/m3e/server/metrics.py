@@ -46,7 +46,7 @@ class Distribution:
     def family(self, name: str, help_: str) -> HistogramMetricFamily:
         """As Prometheus wants it: cumulative, the last bucket without bound."""
         buckets, running = [], 0
-        for bound, count in zip([*map(_number, self.bounds), "+Inf"], self.counts, strict=True):
+        for bound, count in zip([*map(repr, self.bounds), "+Inf"], self.counts, strict=True):
             running += count
             buckets.append((bound, running))
         return HistogramMetricFamily(name, help_, buckets=buckets, sum_value=self.total)
@@ -147,7 +147,3 @@ def _plain(name: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> Met
 
 def _labels(names: tuple[str, ...], key: str | tuple[str, ...]) -> dict[str, str]:
     return dict(zip(names, (key,) if isinstance(key, str) else key, strict=True))
-
-
-def _number(value: float) -> str:
-    return repr(value)

@@ -11,7 +11,7 @@ import orjson
 from m3e.server import embedding
 from m3e.server.compat import DIM, expand
 from m3e.server.models import Model, Models
-from m3e.server.problems import Problem
+from m3e.server.problems import Problem, retry_after
 from m3e.server.requests import Answer, Request, parse_field, parse_inputs, parse_object
 from m3e.server.settings import Settings
 
@@ -37,7 +37,9 @@ class OpenAIRoutes:
         dimensions = parse_field(content, "dimensions", int, None)
         limit = DIM if widened else model.dim
         if dimensions is not None and not 1 <= dimensions <= limit:
-            raise Problem("unsupported_value", f"dimensions must be 1 to {limit}.", param="dimensions")
+            raise Problem(
+                "unsupported_value", f"dimensions is {dimensions}, expected 1 to {limit}.", param="dimensions"
+            )
         parse_field(content, "user", str, None)
         tokens = await embedding.tokenize(
             model, inputs, request, settings, name="input", prompt=model.prompt(None), truncate=settings.auto_truncate
@@ -85,8 +87,7 @@ class OpenAIRoutes:
             raise self._unknown_model()
         model = self._models.get(name) if name is not None and known else self._models.first()
         if model is None:
-            raise Problem("not_ready", "The model is still being opened.", tei_message="unhealthy",
-                          headers=((b"retry-after", b"1"),))  # fmt: skip
+            raise Problem("not_ready", "The model is still being opened.", headers=retry_after(1.0))
         return model
 
     def _unknown_model(self) -> Problem:

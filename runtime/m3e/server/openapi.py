@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3e import __version__
+from m3e.server.compat import DIM
 from m3e.server.models import Model
 from m3e.server.settings import Settings
 
@@ -33,9 +34,11 @@ _TEI_ERROR = {
     },
 }
 _VECTOR = {"type": "array", "items": {"type": "number"}}
+_AT_LEAST = "Tokens that were cut off; of a text beyond 8,192 characters at least so many."
 _COUNTS = {
     "X-Input-Tokens": {
-        "description": "Tokens of each input; where one was cut, tokens/tokens before. Left out beyond 256 inputs.",
+        "description": "Tokens of each input; where one was cut, tokens/tokens before, of a text beyond 8,192 "
+        "characters at least so many before. Left out beyond 256 inputs.",
         "schema": {"type": "string"},
     }
 }
@@ -59,7 +62,7 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
             "minItems": 1,
         }
         inputs = {"anyOf": [text, texts, ids, {"type": "array", "items": ids, "minItems": 1}]}
-    dim = 1536 if settings.compat == "m3e-large-api" else (model.dim if model is not None else None)
+    dim = DIM if settings.compat == "m3e-large-api" else (model.dim if model is not None else None)
     dimensions: dict[str, Any] = {"type": ["integer", "null"], "minimum": 1}
     tei_dimensions = dict(dimensions)
     if model is not None:
@@ -71,7 +74,7 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
         "truncation_direction": {"enum": ["right", "Right", None]},
         "prompt_name": {"enum": [*prompts, None]},
     }
-    sizes = {"x-priority": {"name": "X-Priority", "in": "header", "schema": {"enum": ["interactive", "bulk"]}}}
+    priority = {"name": "X-Priority", "in": "header", "schema": {"enum": ["interactive", "bulk"]}}
     embed = _post(
         "Embed texts: a list of vectors, also for a single text.",
         _object(
@@ -79,7 +82,7 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
             ["inputs"],
         ),
         {"type": "array", "items": _VECTOR},
-        _TEI_ERROR, tei=True, headers=_COUNTS, parameters=[sizes["x-priority"]],
+        _TEI_ERROR, tei=True, headers=_COUNTS, parameters=[priority],
     )  # fmt: skip
     openai = _post(
         "Embed texts as OpenAI does.",
@@ -105,7 +108,7 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
                             "index": {"type": "integer"},
                             "embedding": {"anyOf": [_VECTOR, {"type": "string"}]},
                             "tokens": {"type": "integer"},
-                            "truncated_tokens": {"type": "integer"},
+                            "truncated_tokens": {"type": "integer", "description": _AT_LEAST},
                         },
                         ["object", "index", "embedding", "tokens", "truncated_tokens"],
                     ),
@@ -117,7 +120,7 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
             },
             ["object", "model", "data", "usage"],
         ),
-        _OPENAI_ERROR, parameters=[sizes["x-priority"]],
+        _OPENAI_ERROR, parameters=[priority],
     )  # fmt: skip
     card = _object(
         {"id": {"enum": names}, "object": {"const": "model"}, "created": {"type": "integer"},

@@ -96,7 +96,10 @@ class TEIRoutes:
                           "ids must be an array of token ids, or an array of such arrays.", param="ids")  # fmt: skip
         size = model.manifest.model.vocab_size
         if len(rows) > self._settings.max_client_batch_size:
-            raise Problem("array_above_max_length", f"ids has {len(rows)} items.", param="ids")
+            limit = self._settings.max_client_batch_size
+            raise Problem(
+                "array_above_max_length", f"ids has {len(rows)} items, at most {limit} are allowed.", param="ids"
+            )
         if not all(type(token) is int and 0 <= token < size for row in rows for token in row):
             raise Problem("invalid_token_id", f"ids must be integers from 0 to {size - 1}.", param="ids")
         skip = parse_field(content, "skip_special_tokens", bool, True)
@@ -116,7 +119,10 @@ class TEIRoutes:
         parameters = parse_field(content, "parameters", dict, {})
         texts = Inputs(texts=[*source.texts, *others.texts])
         if texts.n > self._settings.max_client_batch_size:
-            raise Problem("array_above_max_length", f"inputs has {texts.n} texts.", param="inputs")
+            limit = self._settings.max_client_batch_size
+            raise Problem(
+                "array_above_max_length", f"inputs has {texts.n} texts, at most {limit} are allowed.", param="inputs"
+            )
         request.n_texts = texts.n
         tokens = await self._tokenize(parameters, model, texts, request)
         vectors = await embedding.embed(model, self._models, tokens.input_ids, request, self._settings)
@@ -193,7 +199,7 @@ def _prompt(content: dict[str, Any], model: Model) -> str:
 
 
 def _counts(tokens: TokenIds) -> tuple[tuple[bytes, bytes], ...]:
-    """Per input: its tokens, and where it was cut those it had, as in ``12,512/604``."""
+    """Per input: its tokens, and where it was cut those it had, as in ``12,512/604``; see `TokenIds.n_tokens_full`."""
     if len(tokens.n_tokens) > _MAX_COUNTS:
         return ()
     parts = [

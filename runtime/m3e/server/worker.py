@@ -87,11 +87,6 @@ class Worker:
         oldest = min((since for since in self._since if since), default=float("inf"))
         return self._up and self._process.poll() is None and time.monotonic() - oldest < self.doubt_s
 
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
     def embedders(self) -> list[Callable[[list[list[int]]], Float32Array]]:
         """One function for each batch that may be in flight; see `m3e.scheduler.Scheduler`."""
 
@@ -224,8 +219,8 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
 class _Encoders:
     """The same graph twice: on all threads for a batch that runs alone, on one for each of several.
 
-    With two processors, all threads answer a lone text in 3.3 ms where one thread takes 4.6; two batches on a thread
-    each embed a quarter more texts in a second than one batch on two. The price is the weights, a second time.
+    A lone text is answered sooner by all threads together; several batches embed more texts in a second on a thread
+    each. The price is the weights, a second time.
     """
 
     def __init__(self, open_encoder: Callable[..., Encoder], folder: str, precision: str, threads: int) -> None:
