@@ -43,12 +43,12 @@ check: .venv/dev ## Lint, format and types; figures in the README against their 
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks readme --check
 
-bench: .venv/dev ## Measure for two minutes: record, tables and page under .bench (all peers: python -m benchmarks --help)
+bench: .venv/dev ## Measure briefly: record, tables and page under .bench (all peers: python -m benchmarks --help)
 	$(BIN)/python -m benchmarks --quick
 
 # With the packages of PYTHON as they are: a machine with a GPU has its own onnxruntime-gpu and torch.
 gpu-check: ## Parity and speed on this machine's NVIDIA card (ARGS=--help), with PYTHON's own packages
-	PYTHONPATH=runtime:export:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	PYTHONPATH=runtime:export:benchmarks:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 build: .venv/dev ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
 import types
 from pathlib import Path
 from typing import Any
@@ -95,3 +99,14 @@ def test_the_work_of_a_token() -> None:
     base: Any = types.SimpleNamespace(hidden_size=768, intermediate_size=3072, num_layers=12)
     assert gpu_check.flops_per_token(base, 0) == 2 * 12 * (4 * 768**2 + 2 * 768 * 3072)  # 170 million
     assert 0.02 < gpu_check.flops_per_token(base, 128) / gpu_check.flops_per_token(base, 0) - 1 < 0.03
+
+
+@pytest.mark.checkout
+def test_make_finds_everything_in_the_checkout() -> None:
+    """With the packages of a Python that has none of this project's: -S leaves out what is installed as editable."""
+    root = Path(gpu_check.__file__).parents[1]
+    given = ["make", "-s", "-C", str(root), "gpu-check", f"PYTHON={sys.executable} -S", "ARGS=--help"]
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    done = subprocess.run(given, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--checkpoint DIR" in done.stdout
