@@ -353,13 +353,14 @@ def test_a_bundle_is_opened_without_stopping_the_loop_and_a_closed_encoder_says_
     asyncio.run(main())
 
 
-def test_a_cancelled_task_takes_its_texts_along(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_task_takes_its_texts_along(tiny_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
-    real = tiny_encoder.embed
-    monkeypatch.setattr(tiny_encoder, "embed", lambda ids: (gate(ids), real(ids))[1])
+    one_at_a_time = Encoder(tiny_bundle, num_threads=1)
+    real = one_at_a_time.embed
+    monkeypatch.setattr(one_at_a_time, "embed", lambda ids: (gate(ids), real(ids))[1])
 
     async def main() -> None:
-        async with AsyncEncoder(tiny_encoder) as encoder:
+        async with AsyncEncoder(one_at_a_time) as encoder:
             first = asyncio.create_task(encoder.encode("a"))
             await asyncio.to_thread(gate.entered.acquire)
             gone = [asyncio.create_task(encoder.encode("b c d")) for _ in range(20)]

@@ -14,9 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3e import Encoder, InferenceError, InputError, StartError, TruncationWarning
-from m3e.feeds import pad
 from m3e.manifest import Manifest, encode_array
-from m3e.session import Session
 
 # One text alone and in any batch, for unit vectors.
 INVARIANCE = 5e-7
@@ -267,8 +265,6 @@ def test_values_that_are_not_finite_never_leave(tiny_encoder: Encoder, monkeypat
         def run(self, *_: Any) -> list[np.ndarray[Any, Any]]:
             return [np.full((1, 64), np.nan, dtype=np.float32)]
 
-    session = object.__new__(Session)
-    session._session, session._feed = Broken(), pad
-    monkeypatch.setattr(tiny_encoder._running, "session", session)
+    monkeypatch.setattr(tiny_encoder._running.session, "_alone", Broken())
     with pytest.raises(InferenceError, match="not finite"):
         tiny_encoder.encode("a")

@@ -70,8 +70,9 @@ class JobAwaiter:
 class AsyncEncoder:
     """Embeds for many tasks at once: ``async with AsyncEncoder(bundle) as encoder: await encoder.encode(text)``.
 
-    A lone task waits for nobody. While a batch runs, texts gather, and those of one attention width share the next.
-    A cancelled task's texts are not run. Long texts are tokenised in a thread, so the loop stays free.
+    A lone task waits for nobody. While as many batches run as the encoder has threads, texts gather, and those of one
+    attention width share the next. A cancelled task's texts are not run. Long texts are tokenised in a thread, so the
+    loop stays free.
 
     Args:
         bundle: A bundle's folder, or an `Encoder` that is open.
@@ -170,7 +171,7 @@ class AsyncEncoder:
         self._encoder = encoder
         self._awaiter = JobAwaiter(asyncio.get_running_loop())
         self._scheduler = Scheduler(
-            [encoder.embed],
+            [encoder.embed] * encoder.batches_at_once,
             dim=encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=self._max_queue_tokens,
             max_queue_ms=self._max_queue_ms,

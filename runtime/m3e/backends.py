@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from m3e.errors import BundleError, StartError
 from m3e.feeds import pack, pad
 from m3e.gpu import Card, read_card
 from m3e.manifest import Graph
+from m3e.memory import runs_side_by_side
 from m3e.providers import tensorrt_version
 from m3e.session import Float32Array, Session, import_onnxruntime
 from m3e.tensorrt_session import TensorrtSession, max_tokens, profiles
@@ -51,6 +53,9 @@ class AnySession(Protocol):
 
     def run(self, input_ids: list[list[int]], *, prompt_length: int = 0) -> Float32Array:
         """Run one batch, the first ``prompt_length`` tokens of each text not pooled: float32 (batch, dim)."""
+
+    def side_by_side(self) -> AbstractContextManager[None]:
+        """Tell that batches are about to run at once."""
 
     def abandon(self) -> None:
         """Leave the session to the parent process of a fork."""
@@ -91,16 +96,20 @@ def choose_graph(bundle: Bundle, precision: str, device: str) -> Graph:
     return bundle.graph(*(("fp32", "cpu") if device == "cpu" else _PREFERRED[device][0]))
 
 
-def open_session(bundle: Bundle, graph: Graph, *, device: str, device_id: int, num_threads: int) -> AnySession:
+def open_session(
+    bundle: Bundle, graph: Graph, *, device: str, device_id: int, num_threads: int, max_memory_mb: int | None
+) -> AnySession:
     """Open a graph on the CPU or with CUDA.
 
     Raises:
+        InputError: The graph does not fit into ``max_memory_mb``.
         DependencyError: onnxruntime, or its CUDA provider, is not installed.
         StartError: The provider did not load, or refuses the graph.
     """
     data = bundle.read(graph.file)
     if device == "cpu":
-        return Session(data, num_threads=num_threads)
+        beside = runs_side_by_side(len(data), bundle.manifest.model, num_threads, max_memory_mb)
+        return Session(data, num_threads=num_threads, side_by_side=beside)
     packed = graph.target == "cuda"
     return CudaSession(
         data,

@@ -22,7 +22,8 @@ Float32Array = npt.NDArray[np.float32]
 class Batcher:
     """Embeds for many threads at once. A context manager; without it, call `close`.
 
-    A lone caller waits for nobody. While a batch runs, texts gather, and those of one attention width share the next.
+    A lone caller waits for nobody. While as many batches run as the encoder has threads, texts gather, and those of
+    one attention width share the next.
 
     Args:
         encoder: An encoder, or a bundle's folder to open one on.
@@ -39,7 +40,7 @@ class Batcher:
     ) -> None:
         self.encoder = encoder if isinstance(encoder, Encoder) else Encoder(encoder)
         self._scheduler = Scheduler(
-            [self.encoder.embed],
+            [self.encoder.embed] * self.encoder.batches_at_once,
             dim=self.encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=max_queue_tokens,
             max_batch_tokens=max_batch_tokens,

@@ -72,6 +72,10 @@ class CardSession:
     threads = 2  # while one waits for Python, the card works for the other
     window: int | None = 2048
 
+    def side_by_side(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to prepare: the card shares itself out."""
+        return contextlib.nullcontext()
+
     def abandon(self) -> None:
         """Refuse: a forked child cannot use its parent's card.
 

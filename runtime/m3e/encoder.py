@@ -48,7 +48,11 @@ class Encoder:
             that the bundle has for this device and processor.
         device: ``cpu``, ``cuda``, ``tensorrt``, or ``auto``: CUDA where it can be used, otherwise the CPU. Where
             TensorRT's engines must be built first, CUDA serves meanwhile; see `engine_build`.
-        num_threads: Threads of one batch on the CPU; None for what affinity and the container's quota allow.
+        num_threads: Threads on the CPU, together for a batch that runs alone, one each for batches side by side; None
+            for what affinity and the container's quota allow.
+        max_memory_mb: Bound in MiB on what the graph and its batches take on the CPU, beside Python and its libraries.
+            Where it is too tight for batches side by side they run one after the other. None for no bound; then weights
+            beyond 256 MiB are not opened twice.
         device_id: Which card, for ``cuda`` and ``tensorrt``.
         engine_cache: Folder for TensorRT's engines; None for one of the user's own.
         revision: Of a hub id: branch or tag as it was when it was pulled, or a commit; None for the hub's default.
@@ -58,7 +62,7 @@ class Encoder:
         StartError: onnxruntime refuses the graph, or the golden texts come out different.
         DependencyError: onnxruntime is not installed; or a hub id is not in the cache and the exporter not installed.
         ExportError: A hub id cannot be converted.
-        InputError: Another device or number of threads.
+        InputError: Another device or number of threads; or ``max_memory_mb`` is too little for one text.
 
     Warns:
         RuntimeWarning: ``auto`` takes the CPU though this onnxruntime has CUDA; or CUDA graphs cannot be used.
@@ -71,6 +75,7 @@ class Encoder:
         precision: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        max_memory_mb: int | None = None,
         device_id: int = 0,
         engine_cache: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -79,8 +84,10 @@ class Encoder:
             raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
         if num_threads is not None and num_threads < 1:
             raise InputError(f"num_threads is {num_threads}, expected at least 1")
+        if max_memory_mb is not None and device in ("cuda", "tensorrt"):
+            raise InputError(f"max_memory_mb bounds what runs on the CPU; device is {device!r}")
         self._arguments: dict[str, Any] = {
-            "precision": precision, "device": device, "num_threads": num_threads,
+            "precision": precision, "device": device, "num_threads": num_threads, "max_memory_mb": max_memory_mb,
             "device_id": device_id, "engine_cache": engine_cache,
         }  # fmt: skip
         self._folder = obtain(bundle, revision, precision)
@@ -96,6 +103,7 @@ class Encoder:
             device=device,
             device_id=device_id,
             num_threads=self.num_threads,
+            max_memory_mb=max_memory_mb,
             engine_cache=None if engine_cache is None else Path(engine_cache),
         )
 
@@ -317,6 +325,11 @@ class Encoder:
         return self._running.device
 
     @property
+    def batches_at_once(self) -> int:
+        """How many batches are best under way at once, each in a thread of its own."""
+        return self._running.session.threads
+
+    @property
     def engine_build(self) -> EngineBuild | None:
         """TensorRT's engines that are being built: ``state`` says how far they are, ``wait()`` waits for them."""
         return self._running.engine_build
@@ -360,7 +373,13 @@ class Encoder:
             return batch[0], session.run(batch[1], prompt_length=prompt_length)
 
         planned = batches(session.window or max(1, len(texts)))
-        yield from ahead(run, planned, session.threads) if session.threads > 1 and len(texts) > 1 else map(run, planned)
+        first = list(itertools.islice(planned, 2))
+        planned = itertools.chain(first, planned)
+        if session.threads > 1 and len(first) > 1:
+            with session.side_by_side():
+                yield from ahead(run, planned, session.threads)
+        else:
+            yield from map(run, planned)
         truncations.warn(stacklevel=4)
 
     def _prompt_length(self, prompt: str) -> int:

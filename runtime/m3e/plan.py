@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+# A batch on the CPU: activations of so many tokens stay in a core's own cache.
+MAX_BATCH_TOKENS = 384
 _BUCKET = 4
 _LONGEST_BUCKET = 64
 

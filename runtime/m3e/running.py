@@ -25,7 +25,8 @@ class RunningGraph:
         precision: As `m3e.backends.choose_graph` takes it.
         device: Of `m3e.backends.DEVICES`.
         device_id: Which card.
-        num_threads: Threads of one batch on the CPU.
+        num_threads: Threads on the CPU.
+        max_memory_mb: As for `m3e.Encoder`.
         engine_cache: Folder for TensorRT's engines; None for one of the user's own.
 
     Attributes:
@@ -52,10 +53,11 @@ class RunningGraph:
         device: str,
         device_id: int,
         num_threads: int,
+        max_memory_mb: int | None,
         engine_cache: Path | None,
     ) -> None:
         self._folder, self._manifest, self._tokenizer = bundle.folder, bundle.manifest, tokenizer
-        self._device_id, self._num_threads = device_id, num_threads
+        self._device_id, self._num_threads, self._max_memory_mb = device_id, num_threads, max_memory_mb
         self._opening = threading.Lock()
         self.engine_build: EngineBuild | None = None
         if device == "auto":
@@ -88,8 +90,9 @@ class RunningGraph:
 
     def _open(self, bundle: Bundle) -> None:
         self.session = open_session(
-            bundle, self.graph, device=self.device, device_id=self._device_id, num_threads=self._num_threads
-        )
+            bundle, self.graph, device=self.device, device_id=self._device_id, num_threads=self._num_threads,
+            max_memory_mb=self._max_memory_mb,
+        )  # fmt: skip
         self._process = os.getpid()
 
     def _open_engines(self, bundle: Bundle, engine_cache: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,26 +13,28 @@ import numpy.typing as npt
 
 from m3e.errors import DependencyError, InferenceError, StartError
 from m3e.feeds import Feeds, pad
-from m3e.plan import attention_length, plan_batches
+from m3e.plan import MAX_BATCH_TOKENS, attention_length, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
-
-# Bounds the memory of a batch.
-_MAX_BATCH_TOKENS = 1024
 
 
 class Session:
     """One graph opened on the CPU. Safe to call from several threads at once.
 
+    A batch that runs alone gets all threads, which answers it soonest. Batches that run side by side get a thread
+    each, which embeds the most texts: no thread waits for another, not even where something else takes a processor
+    away for a moment. That takes the weights twice.
+
     Args:
         model: The ONNX file's bytes.
-        num_threads: Threads of one call. Always set: onnxruntime would count the host's cores and pin threads to
-            them, which fails in containers.
+        num_threads: Threads of all calls together. Always set: onnxruntime would count the host's cores and pin
+            threads to them, which fails in containers.
+        side_by_side: Whether to open the graph for batches side by side as well.
         feed: Lays token ids out as the graph wants them.
 
     Attributes:
         threads: How many batches to run at once.
-        window: How many texts to tokenise while others run; None for all of them before any.
+        window: How many texts to tokenise while others run.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -39,32 +42,24 @@ class Session:
     """
 
     device = "cpu"
-    threads = 1
-    window: int | None = None
+    window: int | None = 8192
 
-    def __init__(self, model: bytes, *, num_threads: int, feed: Callable[..., Feeds] = pad) -> None:
+    def __init__(
+        self, model: bytes, *, num_threads: int, side_by_side: bool = False, feed: Callable[..., Feeds] = pad
+    ) -> None:
         self._feed = feed
-        onnxruntime = import_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-        # The graph is final: higher levels would fuse it back into slower operators.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.log_severity_level = 3  # errors; they are raised as well
-        try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise StartError(f"onnxruntime {onnxruntime.__version__} cannot open the graph: {error}") from error
-        # Without a fallback provider the file's bytes need not stay; onnxruntime keeps them for that alone.
-        self._session.disable_fallback()
-        self._session._model_bytes = None
+        self.threads = num_threads if side_by_side else 1
+        self._alone = _open(model, num_threads)
+        self._beside = _open(model, 1) if self.threads > 1 else self._alone
+        self._n_running = 0
+        self._counting = threading.Lock()
         _return_freed_memory()
 
     def plan(
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`; see `m3e.plan.plan_batches`."""
-        return plan_batches(n_tokens, _MAX_BATCH_TOKENS, max_batch_size)
+        return plan_batches(n_tokens, MAX_BATCH_TOKENS, max_batch_size)
 
     def run(
         self,
@@ -94,14 +89,48 @@ class Session:
         if prompt_length:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)
         try:
-            (result,) = self._session.run([output], inputs)
+            with self.side_by_side():
+                session = self._alone if self._n_running == 1 else self._beside
+                (result,) = session.run([output], inputs)
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
         return check_finite(result)
 
+    @contextlib.contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """Tell that batches are about to run at once: each gets one thread, also the first and the last of them."""
+        with self._counting:
+            self._n_running += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._n_running -= 1
+
     def abandon(self) -> None:
         """Never close this session: in a forked child its threads do not exist, and closing would wait for them."""
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        for session in (self._alone, self._beside):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+def _open(model: bytes, num_threads: int) -> Any:
+    """Open a graph with so many threads."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # The graph is final: higher levels would fuse it back into slower operators.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3  # errors; they are raised as well
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise StartError(f"onnxruntime {onnxruntime.__version__} cannot open the graph: {error}") from error
+    # Without a fallback provider the file's bytes need not stay; onnxruntime keeps them for that alone.
+    session.disable_fallback()
+    session._model_bytes = None
+    return session
 
 
 def check_finite(vectors: Float32Array) -> Float32Array:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -203,69 +204,46 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
         signal.signal(number, signal.SIG_IGN)
     channels = [Connection(number) for number in parsed.sockets]
     try:
-        encoders = _Encoders(open_encoder, parsed.folder, parsed.precision, parsed.threads)
-        slowest = max(_warm_up(encoder, parsed.max_batch_tokens) for encoder in encoders.all)
-        hello = {"precision": encoders.all[0].precision, "slowest_batch_s": slowest}
+        encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=parsed.threads)
+        slowest = _warm_up(encoder, parsed.max_batch_tokens, parsed.threads)
+        hello = {"precision": encoder.precision, "slowest_batch_s": slowest}
     except Exception as error:
         channels[0].send_bytes(json.dumps({"error": str(error)}).encode())
         return
     channels[0].send_bytes(json.dumps(hello).encode())
-    threads = [threading.Thread(target=_answer, args=(encoders, channel), daemon=True) for channel in channels]
+    threads = [threading.Thread(target=_answer, args=(encoder, channel), daemon=True) for channel in channels]
     for thread in threads:
         thread.start()
     threads[0].join()  # its socket closes when the service is gone
 
 
-class _Encoders:
-    """The same graph twice: on all threads for a batch that runs alone, on one for each of several.
-
-    A lone text is answered sooner by all threads together; several batches embed more texts in a second on a thread
-    each. The price is the weights, a second time.
-    """
-
-    def __init__(self, open_encoder: Callable[..., Encoder], folder: str, precision: str, threads: int) -> None:
-        self.all = [
-            open_encoder(folder, precision=precision, num_threads=number)
-            for number in sorted({threads, 1}, reverse=True)
-        ]
-        self._n_running = 0
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[Encoder]:
-        """The encoder for a batch that begins now."""
-        with self._lock:
-            self._n_running += 1
-            alone = self._n_running == 1
-        try:
-            yield self.all[0 if alone else -1]
-        finally:
-            with self._lock:
-                self._n_running -= 1
-
-
-def _warm_up(encoder: Encoder, max_batch_tokens: int) -> float:
-    """Run the widest and the fullest batches once and again; the seconds of the slowest of the second round."""
+def _warm_up(encoder: Encoder, max_batch_tokens: int, threads: int) -> float:
+    """Run the widest and the fullest batches, alone and side by side, and again; the slowest second time in seconds."""
     slowest = 0.0
     widest = encoder.max_seq_length
     ids = encoder.tokenize_batch(["预热"]).input_ids[0]
-    for width in (4, 16, 64, widest):
-        rows = max(1, max_batch_tokens // width)
-        row = [ids[0], *([ids[1]] * (width - 2)), ids[-1]]
-        encoder.embed([row] * rows)
-        started = time.monotonic()
-        encoder.embed([row] * rows)
-        slowest = max(slowest, time.monotonic() - started)
+    with ThreadPoolExecutor(threads) as pool:
+        for width in (4, 16, 64, widest):
+            rows = max(1, max_batch_tokens // width)
+            batch = [[ids[0], *([ids[1]] * (width - 2)), ids[-1]]] * rows
+            for at_once in sorted({1, threads}):
+                seconds = [list(pool.map(_time_batch, [encoder] * at_once, [batch] * at_once)) for _ in range(2)]
+                slowest = max(slowest, *seconds[1])
     return slowest
 
 
-def _answer(encoders: _Encoders, channel: Connection[bytes, bytes]) -> None:
+def _time_batch(encoder: Encoder, batch: list[list[int]]) -> float:
+    started = time.monotonic()
+    encoder.embed(batch)
+    return time.monotonic() - started
+
+
+def _answer(encoder: Encoder, channel: Connection[bytes, bytes]) -> None:
     with contextlib.suppress(EOFError, OSError):  # the service is gone
         while True:
             message = channel.recv_bytes()
             try:
-                with encoders.one() as encoder:
-                    vectors = _run(encoder, message[:1], np.frombuffer(message[1:], dtype=np.int32).tolist())
+                vectors = _run(encoder, message[:1], np.frombuffer(message[1:], dtype=np.int32).tolist())
                 # Four bytes before the floats keep them aligned.
                 answer = _VECTORS + b"\0\0\0" + np.ascontiguousarray(vectors, dtype=np.float32).tobytes()
             except Exception:

@@ -1,0 +1,111 @@
+"""Batches alone and side by side, and the memory that they may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3e import Encoder, InputError
+from m3e.memory import runs_side_by_side, session_bytes
+from m3e.session import Session
+
+MANY = [f"今天天气真好 {i} " + "好" * (i % 37) for i in range(400)]
+
+
+def test_batches_of_one_call_run_side_by_side_and_a_lone_one_on_all_threads(tiny_bundle: Path) -> None:
+    """Each batch waits until another is in onnxruntime as well: one after the other they would never end."""
+    encoder = Encoder(tiny_bundle, num_threads=2)
+    session = encoder._running.session
+    assert isinstance(session, Session)
+    meeting, beside, alone = threading.Barrier(2, timeout=20), session._beside, session._alone
+    taken: list[str] = []
+
+    class Meeting:
+        def run(self, *given: Any) -> Any:
+            taken.append("beside")
+            if len(taken) <= 4:
+                meeting.wait()
+            return beside.run(*given)
+
+    class Alone:
+        def run(self, *given: Any) -> Any:
+            taken.append("alone")
+            return alone.run(*given)
+
+    expected = encoder.encode(MANY)
+    session._beside, session._alone = Meeting(), Alone()
+    np.testing.assert_array_equal(encoder.encode(MANY), expected)
+    assert set(taken) == {"beside"}
+    np.testing.assert_array_equal(encoder.encode(MANY[0]), expected[0])
+    assert taken[-1] == "alone"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_vector_does_not_depend_on_threads(tiny_bundle: Path, tiny_encoder: Encoder, threads: int) -> None:
+    np.testing.assert_array_equal(
+        Encoder(tiny_bundle, num_threads=threads).encode(MANY), [tiny_encoder.encode(text) for text in MANY]
+    )
+
+
+def test_a_bound_decides_whether_the_weights_are_opened_twice(tiny_encoder: Encoder) -> None:
+    model = tiny_encoder.manifest.model
+    small, large = 30 << 20, 300 << 20
+    assert runs_side_by_side(small, model, 2, None)
+    assert not runs_side_by_side(large, model, 2, None)
+    assert runs_side_by_side(large, model, 2, 2000)
+    both = -(-session_bytes(small, model, 2, weights=2) >> 20)
+    assert runs_side_by_side(small, model, 2, both)
+    assert not runs_side_by_side(small, model, 2, both - 1)
+    assert not runs_side_by_side(small, model, 64, both)
+    longer = dataclasses.replace(model, max_seq_length=2 * model.max_seq_length)
+    assert session_bytes(small, longer, 1, weights=1) > session_bytes(small, model, 1, weights=1)
+
+
+def test_a_bound_that_no_text_fits_into_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"max_memory_mb is 1, but this graph takes \d+ MB with a text of 512 tokens"):
+        Encoder(tiny_bundle, max_memory_mb=1)
+    with pytest.raises(InputError, match="max_memory_mb bounds what runs on the CPU; device is 'cuda'"):
+        Encoder(tiny_bundle, device="cuda", max_memory_mb=1000)
+    free = Encoder(tiny_bundle, num_threads=2)
+    graph_bytes = free.manifest.files[free.manifest.graphs[0].file].size_bytes
+    least = -(-session_bytes(graph_bytes, free.manifest.model, 1, weights=1) >> 20)
+    tight = Encoder(tiny_bundle, num_threads=2, max_memory_mb=least)
+    assert (tight.batches_at_once, free.batches_at_once) == (1, 2)
+    np.testing.assert_array_equal(tight.encode(MANY), free.encode(MANY))
+
+
+_GROWTH = """
+import sys
+from pathlib import Path
+import onnxruntime
+from m3e import Encoder
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+Encoder(sys.argv[1], num_threads=1).encode("a")  # what the libraries take once
+before = resident()
+encoder = Encoder(sys.argv[2], num_threads=2, max_memory_mb=int(sys.argv[3]))
+encoder.encode(["好" * n for n in range(1, 511)] * 2)
+print(encoder.batches_at_once, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize(("max_memory_mb", "batches"), [(400, 2), (150, 1)])
+def test_a_process_stays_within_the_bound(
+    tiny_bundle: Path, minilm_encoder: Encoder, max_memory_mb: int, batches: int
+) -> None:
+    """all-MiniLM-L6-v2 in FP32, 90 MB of weights, on texts of every length."""
+    given = [sys.executable, "-c", _GROWTH, str(tiny_bundle), str(minilm_encoder._folder), str(max_memory_mb)]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    at_once, growth = map(int, done.stdout.split())
+    assert at_once == batches
+    assert growth <= max_memory_mb << 20
