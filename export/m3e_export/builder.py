@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class GraphBuilder:
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._optional_inputs: list[onnx.ValueInfoProto] = []
         self._scope = ""
+        self._n_nodes = 0
+        self._contrib = False
 
     def scope(self, name: str) -> None:
         """Prefix the names of the nodes that follow, so that a profile says where they belong."""
@@ -38,9 +40,27 @@ class GraphBuilder:
 
     def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
-        name = f"{self._scope}{op_type}_{len(self._nodes)}"
+        name = f"{self._scope}{op_type}_{self._n_nodes}"
+        self._n_nodes += 1
+        self._contrib |= domain == CONTRIB
         self._nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
         return name
+
+    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """Append an If and return its output's name.
+
+        Args:
+            condition: bool ().
+            then: Appends the nodes for true and returns the name of their float32 result.
+            otherwise: The same for false.
+        """
+        branches = {}
+        for key, append in (("then_branch", then), ("else_branch", otherwise)):
+            outer, self._nodes = self._nodes, []
+            result = helper.make_tensor_value_info(append(), onnx.TensorProto.FLOAT, None)
+            branches[key] = helper.make_graph(self._nodes, key, [], [result])
+            self._nodes = outer
+        return self.op("If", condition, **branches)
 
     def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
         """Add an initializer and return its name; the same name again must be the same initializer."""
@@ -60,7 +80,10 @@ class GraphBuilder:
 
     def include(self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> None:
         """Append nodes that were made elsewhere, with the initializers that they read."""
-        self._nodes += nodes
+        added = list(nodes)
+        self._nodes += added
+        self._n_nodes += len(added)
+        self._contrib |= any(node.domain == CONTRIB for node in added)
         self._initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
@@ -88,8 +111,7 @@ class GraphBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)]
-            + [helper.make_opsetid(CONTRIB, 1)] * any(node.domain == CONTRIB for node in self._nodes),
+            opset_imports=[helper.make_opsetid("", OPSET)] + [helper.make_opsetid(CONTRIB, 1)] * self._contrib,
             ir_version=IR_VERSION,
             producer_name="m3e-runtime",
         )

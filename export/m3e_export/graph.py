@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from m3e.plan import LONGEST_BUCKET
 from m3e_export.architectures import ACTIVATIONS
 from m3e_export.builder import CONTRIB, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint, position_rows
@@ -57,11 +58,15 @@ class Packing:
         token_index: int64 (T,), position of each real token in the flattened rectangle.
         cell_index: int64 (batch, seq_len), the packed token that stands in each cell of the rectangle.
         mask: int32 (batch, seq_len), 1 for real tokens.
+        full: bool (), whether there are no pads, and texts are so long that the runtime never gives them any.
+        shape: int64 (3,), that of the padded rectangle's vectors, (batch, seq_len, -1).
     """
 
     token_index: str
     cell_index: str
     mask: str
+    full: str
+    shape: str
 
 
 def build_graph(
@@ -158,14 +163,30 @@ class GraphSteps:
         return self._builder.op("Add", a, b)
 
     def attention(self, query: str, key: str, value: str) -> str:
-        """Attention within each text: the tokens go to their cells and back."""
-        b, packing, config = self._builder, self._packing, self._checkpoint.config
-        cells = [b.op("Gather", part, packing.cell_index) for part in (query, key, value)]
+        """Attention within each text.
+
+        Without pads the tokens are in their cells already, and onnxruntime has a faster kernel where there is no mask.
+        It rounds in another order, so short texts, whose batches may have pads, never take it.
+        """
+        b, packing = self._builder, self._packing
+
+        def full() -> str:
+            return self._attend([b.op("Reshape", part, packing.shape) for part in (query, key, value)], "")
+
+        def padded() -> str:
+            cells = [b.op("Gather", part, packing.cell_index) for part in (query, key, value)]
+            return b.op("Gather", self._attend(cells, packing.mask), packing.token_index)
+
+        return b.choose(packing.full, full, padded)
+
+    def _attend(self, cells: Sequence[str], mask: str) -> str:
+        """Attention of query, key and value in cells, (batch, seq_len, hidden) each: (batch x seq_len, hidden)."""
+        b, config = self._builder, self._checkpoint.config
         context = b.op(
-            "MultiHeadAttention", *cells, "", packing.mask, *([self._bias] if self._bias else []),
+            "MultiHeadAttention", *cells, *(["", mask, self._bias] if self._bias else ["", mask] if mask else []),
             domain=CONTRIB, num_heads=config.num_attention_heads,
         )  # fmt: skip
-        return b.op("Gather", b.op("Reshape", context, b.int64(-1, config.hidden_size)), packing.token_index)
+        return b.op("Reshape", context, b.int64(-1, config.hidden_size))
 
     def activation(self, x: str) -> str:
         """The feed-forward block's activation."""
@@ -194,7 +215,14 @@ def pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, 
     count = builder.op("CumSum", mask, builder.const("zero", 0, np.int64))
     cell_index = builder.op("Reshape", builder.op("Sub", count, builder.const("one", 1, np.int64)), shape)
     mask32 = builder.op("Cast", "attention_mask", to=onnx.TensorProto.INT32)
-    return Packing(token_index, cell_index, mask32), ids, positions
+    one = builder.const("one", 1, np.int64)
+    no_pads = builder.op("Equal", builder.op("ReduceMin", "attention_mask", keepdims=0), one)
+    is_long = builder.op(
+        "Greater", builder.op("Gather", shape, one), builder.const("longest_bucket", LONGEST_BUCKET, np.int64)
+    )
+    full = builder.op("And", no_pads, is_long)
+    rectangle = builder.op("Concat", shape, builder.int64(-1), axis=0)
+    return Packing(token_index, cell_index, mask32, full, rectangle), ids, positions
 
 
 def _position_bias(builder: GraphBuilder, checkpoint: Checkpoint) -> str:

@@ -165,7 +165,7 @@ def write_graph(
         target=kind.target,
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
-        ops=_op_types(model),
+        ops=_op_types(model.graph),
         outputs=tuple(output.name for output in model.graph.output),
         # A GPU's library chooses its kernels by the size of the batch.
         batch_invariant=not on_gpu,
@@ -182,7 +182,8 @@ def write_graph(
     )
 
 
-def _op_types(model: onnx.ModelProto) -> tuple[str, ...]:
-    return tuple(
-        sorted({f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node})
-    )
+def _op_types(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Every operator, those in the branches of an If as well."""
+    own = {f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node}
+    branches = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return tuple(sorted(own.union(*map(_op_types, branches))))

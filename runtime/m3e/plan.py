@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 # A batch on the CPU: activations of so many tokens stay in a core's own cache.
 MAX_BATCH_TOKENS = 384
+# Texts of up to so many tokens are widened to a multiple of _BUCKET; longer ones share a batch with their equals.
 _BUCKET = 4
-_LONGEST_BUCKET = 64
+LONGEST_BUCKET = 64
 
 
 def plan_batches(
@@ -52,7 +53,7 @@ def attention_length(n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         int64 (n,), each at least its token count.
     """
     n_tokens = np.maximum(n_tokens, 1)
-    return np.where(n_tokens <= _LONGEST_BUCKET, -(-n_tokens // _BUCKET) * _BUCKET, n_tokens)
+    return np.where(n_tokens <= LONGEST_BUCKET, -(-n_tokens // _BUCKET) * _BUCKET, n_tokens)
 
 
 def plan_sorted(
