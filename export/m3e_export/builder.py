@@ -23,12 +23,16 @@ class GraphBuilder:
 
     Args:
         inputs: The graph's inputs by name: element type and shape.
+
+    Attributes:
+        nodes: What has been written, in order.
+        initializers: Constants by name.
     """
 
     def __init__(self, inputs: Mapping[str, tuple[int, list[int | str]]]) -> None:
         self._inputs = inputs
-        self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, onnx.TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
         self._optional_inputs: list[onnx.ValueInfoProto] = []
         self._scope = ""
 
@@ -38,14 +42,14 @@ class GraphBuilder:
 
     def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
-        name = f"{self._scope}{op_type}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
+        name = f"{self._scope}{op_type}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
         return name
 
     def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
         """Add an initializer and return its name; the same name again must be the same initializer."""
         tensor = numpy_helper.from_array(np.asarray(value, dtype=dtype, order="C"), name)
-        known = self._initializers.setdefault(name, tensor)
+        known = self.initializers.setdefault(name, tensor)
         assert known is tensor or known == tensor, f"two initializers would be called {name}"
         return name
 
@@ -60,8 +64,8 @@ class GraphBuilder:
 
     def include(self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> None:
         """Append nodes that were made elsewhere, with the initializers that they read."""
-        self._nodes += nodes
-        self._initializers |= {initializer.name: initializer for initializer in initializers}
+        self.nodes += nodes
+        self.initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
         """Close the graph.
@@ -74,9 +78,9 @@ class GraphBuilder:
         """
         self._scope = ""
         for output, (value, _) in outputs.items():
-            self._nodes.append(helper.make_node("Identity", [value], [output], name=output))
+            self.nodes.append(helper.make_node("Identity", [value], [output], name=output))
         graph = helper.make_graph(
-            self._nodes,
+            self.nodes,
             "m3e",
             [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in self._inputs.items()]
             + self._optional_inputs,
@@ -84,12 +88,12 @@ class GraphBuilder:
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()
             ],
-            list(self._initializers.values()),
+            list(self.initializers.values()),
         )
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)]
-            + [helper.make_opsetid(CONTRIB, 1)] * any(node.domain == CONTRIB for node in self._nodes),
+            + [helper.make_opsetid(CONTRIB, 1)] * any(node.domain == CONTRIB for node in self.nodes),
             ir_version=IR_VERSION,
             producer_name="m3e-runtime",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
         raise CheckpointError(
             f"--frontend optimum has the last layer's output alone, uniem's pooling {', '.join(unknown)} needs more"
         )
-    traced = onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False)
+    traced = _name_constants(onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False))
     inputs = [value.name for value in traced.graph.input]
     others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
     if others:
@@ -144,3 +145,31 @@ def _trace(folder: Path) -> onnx.ModelProto:
         except Exception as error:  # optimum, transformers and torch raise their own
             raise CheckpointError(f"optimum cannot export {str(folder)!r} ({type(error).__name__}: {error})") from error
         return onnx.load(str(Path(target) / "model.onnx"))
+
+
+def _name_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make every constant an initializer that its readers read directly, not through nodes."""
+    names: dict[str, str] = {}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            constants.add(tensor.name)
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            names[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    _rename_inputs(nodes, names)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _rename_inputs(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            _rename_inputs(attribute.g.node, names)
