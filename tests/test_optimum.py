@@ -13,8 +13,8 @@ from benchmarks.checkpoints import write_checkpoint, write_json
 from m3e import CheckpointError, DependencyError, Encoder, ExportError
 from m3e_export.optimum_frontend import read_config
 from m3e_export.pipeline import convert
-from tests.environments import python_with, run_python
-from tests.test_interop import OPTIMUM, TEXTS
+from tests.environments import TRANSFORMERS_4, python_with, run_python
+from tests.test_interop import TEXTS
 
 SHAPE = {"vocab_size": 21128, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
          "num_hidden_layers": 3, "max_position_embeddings": 512}  # fmt: skip
@@ -61,7 +61,7 @@ def test_a_traced_encoder_gives_transformers_vectors(kind: str, tmp_path: Path) 
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
     arguments = json.dumps([kind, SHAPE | ARCHITECTURES.get(kind, {}), TEXTS], ensure_ascii=False)
-    run_python(python_with(*OPTIMUM), PROGRAM.format(arguments=arguments), tmp_path)
+    run_python(python_with(*TRANSFORMERS_4), PROGRAM.format(arguments=arguments), tmp_path)
     encoder, expected = Encoder(tmp_path / "bundle", precision="fp32"), np.load(tmp_path / "vectors.npy")
     assert encoder.manifest.model.architecture == kind
     for graph in encoder.manifest.graphs:
@@ -94,13 +94,23 @@ def test_fp16_is_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        pytest.param({"model_type": "gpt2"}, "gpt2 is a decoder; supported are encoders", id="decoder"),
+        pytest.param({"model_type": "gpt2"}, "gpt2 is a decoder; converted are encoders, .*inference", id="decoder"),
         pytest.param({"model_type": "t5"}, "t5 is a decoder", id="encoder and decoder"),
-        pytest.param({"model_type": "bert", "is_decoder": True}, "bert is a decoder", id="bert as decoder"),
+        pytest.param({"model_type": "bert", "is_decoder": True}, r"is a decoder \(is_decoder\)", id="bert as decoder"),
         pytest.param(
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}},
-            "Code that comes with a checkpoint is never run", id="remote code",
+            "code of its own .* never run", id="remote code",
         ),
+        pytest.param(  # transformers would read it as its own BERT, which computes something else
+            {"model_type": "bert", "auto_map": {"AutoModel": "own.Model"}}, "code of its own .* never run",
+            id="remote code under a known name",
+        ),
+        pytest.param({"model_type": "own"}, "transformers cannot read .*own", id="unknown to transformers"),
+        pytest.param(
+            {"model_type": "bert", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"quantised already \(quantization_config: gptq\)", id="gptq",
+        ),
+        pytest.param({"model_type": "clip"}, "the clip configuration has no vocab_size; it is no text", id="CLIP"),
         pytest.param({"model_type": "resnet"}, "the resnet configuration has no vocab_size", id="images"),
     ],
 )  # fmt: skip

@@ -15,9 +15,10 @@ import onnx
 from onnx import helper
 
 from m3e.errors import CheckpointError, DependencyError
-from m3e_export.architectures import EncoderConfig
+from m3e_export.architectures import DECODER, EncoderConfig, refusals
 from m3e_export.builder import OPSET, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.files import read_json
 from m3e_export.graph import masked_cells, pack
 from m3e_export.pooling import AVERAGED
 from m3e_export.pooling_graph import PoolingNodes, append_head
@@ -43,19 +44,17 @@ def read_config(folder: Path) -> EncoderConfig:
         )
     except ImportError as error:
         raise DependencyError(_MISSING.format(name=error.name)) from error
+    path = folder / "config.json"
+    if problems := refusals(read_json(path)):
+        raise CheckpointError(f"{str(path)!r} cannot be converted: {'; '.join(problems)}")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError, OSError
-        raise CheckpointError(
-            f"transformers cannot read {str(folder / 'config.json')!r}: {error}. Code that comes with a checkpoint is "
-            "never run"
-        ) from error
+        raise CheckpointError(f"transformers cannot read {str(path)!r}: {error}") from error
     # BERTs stand in both tables.
     reads_left_only = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     if config.is_encoder_decoder or getattr(config, "is_decoder", False) or config.model_type in reads_left_only:
-        raise CheckpointError(
-            f"{config.model_type} is a decoder; supported are encoders, where every token sees the whole text"
-        )
+        raise CheckpointError(f"{config.model_type} is a decoder; {DECODER}")
     try:
         return EncoderConfig(
             architecture=config.model_type,
