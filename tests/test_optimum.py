@@ -68,7 +68,8 @@ def test_a_traced_encoder_gives_transformers_vectors(kind: str, tmp_path: Path) 
         assert graph.outputs == ("sentence_embedding", "last_hidden_state")
         assert not graph.batch_invariant
         assert graph.certificate is not None
-        assert graph.certificate.max_batch_difference <= 1e-6  # it holds, and nothing in the graph warrants it
+        # Neighbours may change the order of sums, and so an 8-bit level here and there, but no scale.
+        assert graph.certificate.max_batch_difference <= {"fp32": 1e-6, "int8": 5e-4}[graph.precision]
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=2e-6)
     _, int8 = encoder.manifest.graphs
     assert len(int8.int8_sites) == N_SITES[kind]
