@@ -17,8 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "environments"
-# The build that the calling environment has, from the index that its pip is set to.
-TORCH = f"torch=={metadata.version('torch').split('+')[0]}"
+# What does not work with transformers 5, in one environment: PyTorch is most of it, in the build that the calling
+# environment has.
+TRANSFORMERS_4 = (
+    f"torch=={metadata.version('torch').split('+')[0]}", "transformers==4.57.6", "sentence-transformers==5.7.0",
+    "optimum-onnx[onnxruntime]==0.1.0", "uniem==0.3.3", "accelerate==0.21.0", "datasets==2.21.0",
+)  # fmt: skip
 
 
 def python_with(*requirements: str) -> Path:
@@ -28,7 +32,8 @@ def python_with(*requirements: str) -> Path:
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         _do([sys.executable, "-m", "venv", str(folder)])
-        _do([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+        _do([str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check",
+             *requirements])  # fmt: skip
         (folder / "complete").touch()
     return python
 

@@ -38,6 +38,7 @@ from m3e_export.reference import numpy_token_embeddings
 from m3e_export.sources import LocalCheckpoint
 from m3e_export.texts import corpus
 from tests.encoders import HIDDEN, KINDS, write_encoder, write_modules
+from tests.environments import ROOT
 
 Array = np.ndarray[Any, Any]
 PROVIDERS = ["CPUExecutionProvider"]
@@ -274,3 +275,34 @@ def test_functions_are_the_same_in_graph_and_numpy(function: str) -> None:
     steps = np.arange(-1000, 1000)[None]
     (found,) = session.run(None, {"input_ids": steps})
     np.testing.assert_allclose(found, FUNCTIONS[function](steps * 0.01), atol=2e-6)
+
+
+@pytest.mark.checkout
+def test_the_page_has_a_cell_for_every_row() -> None:
+    """docs/checkpoints.md: the table of architectures and poolings."""
+    columns = {
+        "cls": ["cls"], "mean": ["mean"], "max": ["max"], "mean_sqrt_len_tokens": ["mean_sqrt_len_tokens"],
+        "weightedmean": ["weightedmean"], "lasttoken": ["lasttoken"], "several, concatenated": ["cls+max+mean"],
+        "Dense, Normalize": [name for name, (_, head) in POOLINGS.items() if head],
+        "first_last_mean": ["first_last_mean"], "embedding_last_mean": ["embedding_last_mean"],
+    }  # fmt: skip
+    assert sorted(name for names in columns.values() for name in names) == sorted([*POOLINGS, *UNIEM])
+    kinds = {
+        "BERT": ["bert"], "RoBERTa": ["roberta"], "XLM-RoBERTa": ["xlm-roberta"], "CamemBERT": ["camembert"],
+        "DistilBERT": ["distilbert"], "ELECTRA, embeddings of another width": ["electra"],
+        "ELECTRA, embeddings as wide as the layers": ["electra-wide"], "MPNet": ["mpnet"], "ERNIE 2 and 3": ["ernie"],
+    }  # fmt: skip
+    tested = {tuple(row.values) for row in rows()}
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").partition("## Architectures and poolings")[2]
+    table = [line for line in page.split("\n") if line.startswith("|")][: 2 + len(kinds)]
+    header, _, *lines = ([cell.strip() for cell in line[1:-1].split("|")] for line in table)
+    assert header == ["architecture", "`model_type`", *columns]
+    assert [line[0] for line in lines] == list(kinds)
+    for name, _, *cells in lines:
+        for cell, poolings in zip(cells, columns.values(), strict=True):
+            (kind,) = kinds[name]
+            found = {precision for precision in ("fp32", "int8") for pooling in poolings
+                     if (kind, pooling, precision) in tested}  # fmt: skip
+            every = all((kind, pooling, precision) in tested for pooling in poolings for precision in found)
+            assert every
+            assert set(cell.split()) == found or (cell == "refused (1)" and not found), (name, poolings, cell)

@@ -13,14 +13,13 @@ import pytest
 from m3e import Encoder
 from m3e.vectors import Float32Array
 from m3e_export.pipeline import convert
-from tests.environments import ROOT, TORCH, node_with, python_with, run_node, run_python
+from tests.environments import ROOT, TRANSFORMERS_4, node_with, python_with, run_node, run_python
 
-OPTIMUM = (TORCH, "sentence-transformers==5.7.0", "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")
 PYTHON = {
     "onnxruntime": ("onnxruntime>=1.23", "tokenizers>=0.21"),
     "fastembed": ("fastembed==0.9.1",),
-    "sentence-transformers": OPTIMUM,
-    "optimum": OPTIMUM,
+    "sentence-transformers": TRANSFORMERS_4,
+    "optimum": TRANSFORMERS_4,
 }
 NODE = ("@huggingface/transformers@4.3.1", "onnxruntime-web@1.31.0-dev.20260914-8d85527a0")
 TRUNCATED = "word " * 700

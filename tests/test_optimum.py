@@ -13,8 +13,8 @@ from benchmarks.checkpoints import write_checkpoint, write_json
 from m3e import CheckpointError, DependencyError, Encoder, ExportError
 from m3e_export.optimum_frontend import read_config
 from m3e_export.pipeline import convert
-from tests.environments import python_with, run_python
-from tests.test_interop import OPTIMUM, TEXTS
+from tests.environments import TRANSFORMERS_4, python_with, run_python
+from tests.test_interop import TEXTS
 
 SHAPE = {"vocab_size": 21128, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
          "num_hidden_layers": 3, "max_position_embeddings": 512}  # fmt: skip
@@ -24,6 +24,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modernbert": {"local_attention": 32, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2,
                    "eos_token_id": 3},
 }  # fmt: skip
+# Values that linear layers read, in three layers: what attention, its output, and either half of a feed-forward block
+# read; and the relative positions of deberta-v2.
+N_SITES = {"deberta-v2": 3 * 5, "modernbert": 3 * 4, "bert": 3 * 4}
 # Makes the checkpoint and converts it; then transformers and torch embed each text by itself.
 PROGRAM = """
 import json, sys
@@ -36,7 +39,7 @@ kind, shape, texts = json.loads({arguments!r})
 torch.manual_seed(0)
 model = AutoModel.from_config(AutoConfig.for_model(kind, **shape)).eval()
 model.save_pretrained("checkpoint")
-convert("checkpoint", Path("bundle"), frontend="optimum", with_token_embeddings=True)
+convert("checkpoint", Path("bundle"), frontend="optimum", precisions=("fp32", "int8"), with_token_embeddings=True)
 tokenizer = AutoTokenizer.from_pretrained("checkpoint")
 vectors = []
 with torch.inference_mode():
@@ -58,12 +61,22 @@ def test_a_traced_encoder_gives_transformers_vectors(kind: str, tmp_path: Path) 
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
     arguments = json.dumps([kind, SHAPE | ARCHITECTURES.get(kind, {}), TEXTS], ensure_ascii=False)
-    run_python(python_with(*OPTIMUM), PROGRAM.format(arguments=arguments), tmp_path)
-    encoder = Encoder(tmp_path / "bundle")
+    run_python(python_with(*TRANSFORMERS_4), PROGRAM.format(arguments=arguments), tmp_path)
+    encoder, expected = Encoder(tmp_path / "bundle", precision="fp32"), np.load(tmp_path / "vectors.npy")
     assert encoder.manifest.model.architecture == kind
-    assert not encoder.manifest.graphs[0].batch_invariant
-    assert encoder.manifest.graphs[0].outputs == ("sentence_embedding", "last_hidden_state")
-    np.testing.assert_allclose(encoder.encode(TEXTS), np.load(tmp_path / "vectors.npy"), rtol=0, atol=2e-6)
+    for graph in encoder.manifest.graphs:
+        assert graph.outputs == ("sentence_embedding", "last_hidden_state")
+        assert not graph.batch_invariant
+        assert graph.certificate is not None
+        # Neighbours may change the order of sums, and so an 8-bit level here and there, but no scale.
+        assert graph.certificate.max_batch_difference <= {"fp32": 1e-6, "int8": 5e-4}[graph.precision]
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=2e-6)
+    _, int8 = encoder.manifest.graphs
+    assert len(int8.int8_sites) == N_SITES[kind]
+    vectors = Encoder(tmp_path / "bundle", precision="int8").encode(TEXTS)
+    assert (vectors * expected).sum(axis=1).min() > 0.999
+    sizes = {graph.precision: encoder.manifest.files[graph.file].size_bytes for graph in encoder.manifest.graphs}
+    assert sizes["int8"] < 0.4 * sizes["fp32"]
 
 
 def test_without_optimum_the_message_names_the_extra(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -73,21 +86,32 @@ def test_without_optimum_the_message_names_the_extra(tiny_checkpoint: Path, tmp_
         convert(str(tiny_checkpoint), tmp_path / "bundle", frontend="optimum")
 
 
-def test_int8_is_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"fp32 graphs only: .* depend on the texts beside it"):
-        convert(str(tiny_checkpoint), tmp_path / "bundle", frontend="optimum", precisions=["fp32", "int8"])
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_fp16_is_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path, target: str) -> None:
+    with pytest.raises(ExportError, match=r"graphs for the CPU, fp32 and int8: .* fp32 graph runs with CUDA too"):
+        convert(str(tiny_checkpoint), tmp_path / "bundle", frontend="optimum", precisions=["fp16"], targets=[target])
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        pytest.param({"model_type": "gpt2"}, "gpt2 is a decoder; supported are encoders", id="decoder"),
+        pytest.param({"model_type": "gpt2"}, "gpt2 is a decoder; converted are encoders, .*inference", id="decoder"),
         pytest.param({"model_type": "t5"}, "t5 is a decoder", id="encoder and decoder"),
-        pytest.param({"model_type": "bert", "is_decoder": True}, "bert is a decoder", id="bert as decoder"),
+        pytest.param({"model_type": "bert", "is_decoder": True}, r"is a decoder \(is_decoder\)", id="bert as decoder"),
         pytest.param(
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}},
-            "Code that comes with a checkpoint is never run", id="remote code",
+            "code of its own .* never run", id="remote code",
         ),
+        pytest.param(  # transformers would read it as its own BERT, which computes something else
+            {"model_type": "bert", "auto_map": {"AutoModel": "own.Model"}}, "code of its own .* never run",
+            id="remote code under a known name",
+        ),
+        pytest.param({"model_type": "own"}, "transformers cannot read .*own", id="unknown to transformers"),
+        pytest.param(
+            {"model_type": "bert", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"quantised already \(quantization_config: gptq\)", id="gptq",
+        ),
+        pytest.param({"model_type": "clip"}, "the clip configuration has no vocab_size; it is no text", id="CLIP"),
         pytest.param({"model_type": "resnet"}, "the resnet configuration has no vocab_size", id="images"),
     ],
 )  # fmt: skip

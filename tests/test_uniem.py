@@ -13,9 +13,8 @@ from m3e_export.modules import UNIEM_POOLINGS
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
 from tests.encoders import write_encoder
-from tests.environments import ROOT, TORCH, python_with, run_python
+from tests.environments import ROOT, TRANSFORMERS_4, python_with, run_python
 
-UNIEM = (TORCH, "uniem==0.3.3", "transformers==4.57.6", "accelerate==0.21.0", "datasets==2.21.0")
 TEXTS = [
     "好",
     "今天天气真好，我们去公园散步吧。",
@@ -32,7 +31,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").write_text("\n".join(TEXTS), encoding="utf-8")
     arguments = [str(ROOT / "tests" / "uniem_finetune.py"), str(folder / "encoder"), str(folder), str(folder / "texts")]
     program = f"import runpy, sys; sys.argv = {arguments!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    run_python(python_with(*UNIEM), program, folder)
+    run_python(python_with(*TRANSFORMERS_4), program, folder)
     return folder
 
 

@@ -28,6 +28,11 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 OPTIMUM = "--frontend optimum exports other architectures"
+DECODER = (
+    "converted are encoders, where every token sees the whole text. Serve it with sentence-transformers or "
+    "text-embeddings-inference, or choose an encoder"
+)
+_GENERATORS = ("ForCausalLM", "ForConditionalGeneration")  # ends of transformers' class names
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +183,10 @@ def read_config(raw: Mapping[str, Any], path: Path) -> EncoderConfig:
         CheckpointError: Every reason found why this encoder cannot be built.
     """
     kind = raw.get("model_type")
-    problems = _refusals(raw)
+    problems = refusals(raw) + _unusual(raw)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        problems.insert(0, f"model_type is {kind!r}, built here are {', '.join(ARCHITECTURES)}; {OPTIMUM}")
+        way = "" if problems else f"; {OPTIMUM}"
+        problems.insert(0, f"model_type is {kind!r}, built here are {', '.join(ARCHITECTURES)}{way}")
         raise CheckpointError(f"{str(path)!r} cannot be converted: {'; '.join(problems)}")
     values = _values(ARCHITECTURES[kind], raw)
     problems += _check_values(values)
@@ -216,8 +222,8 @@ def expected_tensors(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def _refusals(raw: Mapping[str, Any]) -> list[str]:
-    """Reasons that have nothing to do with the architecture."""
+def refusals(raw: Mapping[str, Any]) -> list[str]:
+    """Reasons why an encoder cannot be converted, whatever its architecture."""
     problems = []
     if "auto_map" in raw:
         problems.append(
@@ -225,12 +231,24 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
             "without remote code, if there is one"
         )
     if "quantization_config" in raw:
-        problems.append(
-            "its weights are quantised (quantization_config); convert the checkpoint that they were made of"
+        method = (
+            raw["quantization_config"].get("quant_method", "") if isinstance(raw["quantization_config"], dict) else ""
         )
+        problems.append(
+            f"its weights are quantised already (quantization_config{f': {method}' if method else ''}); convert the "
+            "checkpoint that they were made of"
+        )
+    generators = [name for name in map(str, raw.get("architectures") or ()) if name.endswith(_GENERATORS)]
+    if generators or raw.get("is_decoder") or raw.get("is_encoder_decoder"):
+        problems.append(f"it is a decoder ({', '.join(generators) or 'is_decoder'}); {DECODER}")
+    return problems
+
+
+def _unusual(raw: Mapping[str, Any]) -> list[str]:
+    """Reasons that lie in what BERT's kin can be asked for."""
+    problems = []
     for name, accepted, way in (
         ("position_embedding_type", "absolute", "--frontend optimum may export it"),
-        ("is_decoder", False, "only encoders are built"),
         ("add_cross_attention", False, "only encoders are built"),
     ):
         if raw.get(name, accepted) != accepted:

@@ -23,12 +23,16 @@ class GraphBuilder:
 
     Args:
         inputs: The graph's inputs by name: element type and shape.
+
+    Attributes:
+        nodes: What has been written, in order.
+        initializers: Constants by name.
     """
 
     def __init__(self, inputs: Mapping[str, tuple[int, list[int | str]]]) -> None:
         self._inputs = inputs
-        self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, onnx.TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
         self._optional_inputs: list[onnx.ValueInfoProto] = []
         self._scope = ""
         self._n_nodes = 0
@@ -43,7 +47,7 @@ class GraphBuilder:
         name = f"{self._scope}{op_type}_{self._n_nodes}"
         self._n_nodes += 1
         self._contrib |= domain == CONTRIB
-        self._nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, domain=domain, **attributes))
         return name
 
     def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
@@ -56,16 +60,16 @@ class GraphBuilder:
         """
         branches = {}
         for key, append in (("then_branch", then), ("else_branch", otherwise)):
-            outer, self._nodes = self._nodes, []
+            outer, self.nodes = self.nodes, []
             result = helper.make_tensor_value_info(append(), onnx.TensorProto.FLOAT, None)
-            branches[key] = helper.make_graph(self._nodes, key, [], [result])
-            self._nodes = outer
+            branches[key] = helper.make_graph(self.nodes, key, [], [result])
+            self.nodes = outer
         return self.op("If", condition, **branches)
 
     def const(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
         """Add an initializer and return its name; the same name again must be the same initializer."""
         tensor = numpy_helper.from_array(np.asarray(value, dtype=dtype, order="C"), name)
-        known = self._initializers.setdefault(name, tensor)
+        known = self.initializers.setdefault(name, tensor)
         assert known is tensor or known == tensor, f"two initializers would be called {name}"
         return name
 
@@ -81,10 +85,10 @@ class GraphBuilder:
     def include(self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> None:
         """Append nodes that were made elsewhere, with the initializers that they read."""
         added = list(nodes)
-        self._nodes += added
+        self.nodes += added
         self._n_nodes += len(added)
         self._contrib |= any(node.domain == CONTRIB for node in added)
-        self._initializers |= {initializer.name: initializer for initializer in initializers}
+        self.initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
         """Close the graph.
@@ -97,9 +101,9 @@ class GraphBuilder:
         """
         self._scope = ""
         for output, (value, _) in outputs.items():
-            self._nodes.append(helper.make_node("Identity", [value], [output], name=output))
+            self.nodes.append(helper.make_node("Identity", [value], [output], name=output))
         graph = helper.make_graph(
-            self._nodes,
+            self.nodes,
             "m3e",
             [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in self._inputs.items()]
             + self._optional_inputs,
@@ -107,7 +111,7 @@ class GraphBuilder:
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()
             ],
-            list(self._initializers.values()),
+            list(self.initializers.values()),
         )
         model = helper.make_model(
             graph,

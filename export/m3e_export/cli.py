@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         nargs="+",
         choices=["fp32", "int8", "fp16"],
         help="graphs to make; fp16 is for cuda and tensorrt, int8 for cpu and tensorrt (default: fp32 and int8 for "
-        "cpu, fp16 for the others; fp32 with --frontend optimum)",
+        "cpu, fp16 for the others)",
     )
     parser.add_argument(
         "--target",
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         help="what they are to run on (default: cpu, whose fp32 graph runs with CUDA too)",
     )
     parser.add_argument("--frontend", choices=["builder", "optimum"], default="builder",
-                        help="builder (default) knows BERT and its kin, optimum traces any encoder")  # fmt: skip
+                        help="builder (default) knows BERT and its kin, optimum traces others, for cpu")  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
     )
@@ -135,8 +135,6 @@ def _require_packages() -> None:
 
 def _default_precisions(parsed: argparse.Namespace) -> list[str]:
     """What is best on each target: int8, beside the exact fp32, and fp16."""
-    if parsed.frontend == "optimum":
-        return ["fp32"]
     precisions = ["fp32", "int8"] if "cpu" in parsed.target else []
     return precisions + ["fp16"] * (parsed.target != ["cpu"])
 

@@ -34,38 +34,46 @@ class Int8Weights(Weights):
 
     def words(self, builder: GraphBuilder, ids: str) -> str:
         """Word embeddings of ids (T,): float32 (T, hidden)."""
-        name = "embeddings.word_embeddings"
-        levels = builder.op("Gather", builder.const(f"{name}.levels", self.levels), ids)
-        scales = builder.op("Gather", builder.const(f"{name}.scales", self.scales), ids)
-        return builder.op("Mul", builder.op("Cast", levels, to=FLOAT), scales)
+        return append_rows(builder, "embeddings.word_embeddings", self.levels, self.scales, ids)
 
     def linears(self, builder: GraphBuilder, site: str, names: Sequence[str], value: str) -> list[str]:
         """Linear layers that read the same value (T, in): float32 (T, out) each."""
         if site not in self.sites:
             return super().linears(builder, site, names, value)
-        quantized = self.sites[site]
-        if quantized.divisor is not None:
-            value = builder.op("Mul", value, builder.const(f"{site}.smoothing", 1 / quantized.divisor, np.float32))
-        scale = builder.const(f"{site}.scale", quantized.scale, np.float32)
-        zero_point = builder.const(f"{site}.zero_point", quantized.zero_point, np.uint8)
-        levels = builder.op("QuantizeLinear", value, scale, zero_point)
-        outputs = []
-        for name in names:
-            full, linear = f"{site}.{name}", quantized.linears[f"{site}.{name}"]
-            outputs.append(
-                builder.op(
-                    "MatMulIntegerToFloat",
-                    levels,
-                    builder.const(f"{full}.weight", linear.weight),
-                    scale,
-                    builder.const(f"{full}.weight_scale", linear.scale),
-                    zero_point,
-                    builder.const(f"{full}.weight_zero_point", np.zeros(len(linear.scale), np.int8)),
-                    builder.const(f"{full}.bias", linear.bias),
-                    domain=CONTRIB,
-                )
-            )
-        return outputs
+        outputs = append_site(builder, site, self.sites[site], value)
+        return [outputs[f"{site}.{name}"] for name in names]
+
+
+def append_site(builder: GraphBuilder, name: str, site: Int8Site, value: str) -> dict[str, str]:
+    """Append a site's layers on the value that they read, (..., in): float32 (..., out) of each, by its name."""
+    if site.divisor is not None:
+        value = builder.op("Mul", value, builder.const(f"{name}.smoothing", 1 / site.divisor, np.float32))
+    scale = builder.const(f"{name}.scale", site.scale, np.float32)
+    zero_point = builder.const(f"{name}.zero_point", site.zero_point, np.uint8)
+    levels = builder.op("QuantizeLinear", value, scale, zero_point)
+    return {
+        full: builder.op(
+            "MatMulIntegerToFloat",
+            levels,
+            builder.const(f"{full}.weight", linear.weight),
+            scale,
+            builder.const(f"{full}.weight_scale", linear.scale),
+            zero_point,
+            builder.const(f"{full}.weight_zero_point", np.zeros(len(linear.scale), np.int8)),
+            builder.const(f"{full}.bias", linear.bias),
+            domain=CONTRIB,
+        )
+        for full, linear in site.linears.items()
+    }
+
+
+def append_rows(
+    builder: GraphBuilder, name: str, levels: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], ids: str
+) -> str:
+    """Append the look-up of rows that `quantize_rows` has made: float32 (..., dim) of ids (...)."""
+    found = builder.op("Gather", builder.const(f"{name}.levels", levels), ids)
+    factors = builder.op("Gather", builder.const(f"{name}.scales", scales), ids)
+    return builder.op("Mul", builder.op("Cast", found, to=FLOAT), factors)
 
 
 def quantize_rows(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -43,6 +43,16 @@ DENSE_ACTIVATIONS = {
     "SiLU": "silu",
     "Sigmoid": "sigmoid",
 }
+# Modules of sentence-transformers that make something else than a vector of a text.
+_OTHERS = {
+    "CLIPModel": "it embeds images too",
+    "MLMTransformer": "its vectors are sparse",
+    "SpladePooling": "its vectors are sparse",
+    "SparseAutoEncoder": "its vectors are sparse",
+    "SparseStaticEmbedding": "its vectors are sparse",
+    "StaticEmbedding": "it is a table of words, which needs no graph",
+    "WordEmbeddings": "it is a table of words, which needs no graph",
+}
 # Makers whose checkpoints come without a pooling file and that pool by the mean when they use them: uniem for M3E, and
 # text2vec (shibing624/text2vec: text2vec/sentence_model.py, encoder_type=EncoderType.MEAN).
 _MEAN_BY_NAME = ("m3e", "text2vec")
@@ -101,10 +111,16 @@ def encoder_folder(folder: Path) -> Path:
     """Find the encoder of a checkpoint: in the folder itself, or in one below that ``modules.json`` names.
 
     Raises:
-        CheckpointError: ``modules.json`` is damaged, or lists modules that are not built here.
+        CheckpointError: ``modules.json`` is damaged, or lists modules that are not built here; or it is an adapter.
     """
     entries = _read_entries(folder)
-    return folder / entries[0][1] if entries else folder
+    encoder = folder / entries[0][1] if entries else folder
+    if (encoder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{str(encoder)!r} holds an adapter (adapter_config.json). Merge it into its model first: with peft, "
+            "model.merge_and_unload() and then save_pretrained"
+        )
+    return encoder
 
 
 def read_modules(folder: Path, name: str) -> Modules:
@@ -136,6 +152,7 @@ def read_modules(folder: Path, name: str) -> Modules:
                 f"{', '.join(UNIEM_POOLINGS)}"
             )
         return Modules(pooling=(UNIEM_POOLINGS[strategy],))
+    _check_task(config, folder)
     origins = f"{name} {config.get('_name_or_path', '')}".lower()
     if any(maker in origins for maker in _MEAN_BY_NAME):
         return Modules(pooling=("mean",))
@@ -144,6 +161,22 @@ def read_modules(folder: Path, name: str) -> Modules:
         "1_Pooling/config.json. Add 1_Pooling/config.json with what its authors used, for the mean "
         '{"pooling_mode": "mean"}, for the first token {"pooling_mode": "cls"}'
     )
+
+
+def _check_task(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what was trained for something else than vectors of texts, and says so."""
+    for name in map(str, config.get("architectures") or ()):
+        if name.endswith("ForSequenceClassification"):
+            raise CheckpointError(
+                f"{str(folder)!r} is a {name}: a cross-encoder or classifier, which scores texts and makes no vectors. "
+                "Use it with sentence-transformers' CrossEncoder. To embed with its encoder all the same, add "
+                "1_Pooling/config.json"
+            )
+        if "colbert" in name.lower():
+            raise CheckpointError(
+                f"{str(folder)!r} is a {name}: it makes a vector for each token, and one for each text is made here. "
+                "Use it with PyLate"
+            )
 
 
 def _read_entries(folder: Path) -> list[tuple[str, str]]:
@@ -158,6 +191,14 @@ def _read_entries(folder: Path) -> list[tuple[str, str]]:
         raise CheckpointError(f"{str(path)!r} is no list of modules: {error!r}") from error
     order = [kind for kind, _ in entries]
     if order[:2] != ["Transformer", "Pooling"] or not set(order[2:]) <= {"Dense", "Normalize", "Dropout"}:
+        reason = next((_OTHERS[kind] for kind in order if kind in _OTHERS), None)
+        if reason is None and "Pooling" not in order:
+            reason = "without a Pooling it makes a vector for each token (ColBERT)"
+        if reason is not None:
+            raise CheckpointError(
+                f"{str(path)!r} has the modules {', '.join(order)}: {reason}. Made here is one dense vector for each "
+                "text; use it with the library that saved it"
+            )
         raise CheckpointError(
             f"{str(path)!r} has the modules {', '.join(order)}; built here are Transformer, Pooling and then any "
             "number of Dense and Normalize. Save the model without the others, if it was trained without them"

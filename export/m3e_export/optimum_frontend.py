@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import onnx
 from onnx import helper
 
 from m3e.errors import CheckpointError, DependencyError
-from m3e_export.architectures import EncoderConfig
+from m3e_export.architectures import DECODER, EncoderConfig, refusals
 from m3e_export.builder import OPSET, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.files import read_json
 from m3e_export.graph import masked_cells, pack
 from m3e_export.pooling import AVERAGED
 from m3e_export.pooling_graph import PoolingNodes, append_head
@@ -42,19 +44,17 @@ def read_config(folder: Path) -> EncoderConfig:
         )
     except ImportError as error:
         raise DependencyError(_MISSING.format(name=error.name)) from error
+    path = folder / "config.json"
+    if problems := refusals(read_json(path)):
+        raise CheckpointError(f"{str(path)!r} cannot be converted: {'; '.join(problems)}")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError, OSError
-        raise CheckpointError(
-            f"transformers cannot read {str(folder / 'config.json')!r}: {error}. Code that comes with a checkpoint is "
-            "never run"
-        ) from error
+        raise CheckpointError(f"transformers cannot read {str(path)!r}: {error}") from error
     # BERTs stand in both tables.
     reads_left_only = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     if config.is_encoder_decoder or getattr(config, "is_decoder", False) or config.model_type in reads_left_only:
-        raise CheckpointError(
-            f"{config.model_type} is a decoder; supported are encoders, where every token sees the whole text"
-        )
+        raise CheckpointError(f"{config.model_type} is a decoder; {DECODER}")
     try:
         return EncoderConfig(
             architecture=config.model_type,
@@ -98,7 +98,7 @@ def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
         raise CheckpointError(
             f"--frontend optimum has the last layer's output alone, uniem's pooling {', '.join(unknown)} needs more"
         )
-    traced = onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False)
+    traced = _name_constants(onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False))
     inputs = [value.name for value in traced.graph.input]
     others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
     if others:
@@ -144,3 +144,31 @@ def _trace(folder: Path) -> onnx.ModelProto:
         except Exception as error:  # optimum, transformers and torch raise their own
             raise CheckpointError(f"optimum cannot export {str(folder)!r} ({type(error).__name__}: {error})") from error
         return onnx.load(str(Path(target) / "model.onnx"))
+
+
+def _name_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make every constant an initializer that its readers read directly, not through nodes."""
+    names: dict[str, str] = {}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            constants.add(tensor.name)
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            names[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    _rename_inputs(nodes, names)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _rename_inputs(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            _rename_inputs(attribute.g.node, names)

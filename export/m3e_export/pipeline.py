@@ -46,6 +46,7 @@ from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.reference import reference_name
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
+from m3e_export.traced_int8 import quantize_traced, to_int8
 
 # Bytes of a graph for each byte of the FP32 weights: int8 has a quarter of them, or more where layers stay FP32.
 _SHARE = {"fp32": 1.1, "int8": 0.6, "fp16": 0.7}
@@ -81,7 +82,7 @@ def convert(
         precisions: ``fp32``, ``int8``, ``fp16``.
         targets: ``cpu``, ``cuda``, ``tensorrt``; each pair of the two that there is a graph for is built.
         frontend: ``builder`` writes the graphs of the encoders that it knows from their weights; ``optimum`` traces any
-            other, fp32 only.
+            other, for the CPU.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
@@ -103,10 +104,10 @@ def convert(
     """
     kinds = choose_kinds(precisions, targets, cpus)
     traced = frontend == "optimum"
-    if traced and [(kind.precision, kind.target) for kind in kinds] != [("fp32", "cpu")]:
+    if traced and any(kind.target != "cpu" for kind in kinds):
         raise ExportError(
-            "--frontend optimum makes fp32 graphs only: our int8 is fitted layer by layer to a known encoder, and "
-            "dynamic quantisation, which needs no fitting, makes a text's vector depend on the texts beside it"
+            "--frontend optimum makes graphs for the CPU, fp32 and int8: what FP16 cannot hold of an unknown encoder "
+            "is not known. Use --target cpu, whose fp32 graph runs with CUDA too"
         )
     check_target(target, force)
     texts = None if calibration is None else _read_texts(calibration)
@@ -117,6 +118,9 @@ def convert(
     loaded = load_checkpoint(source, max_seq_length=max_seq_length, normalize=normalize, config=config)
     for kind in kinds:
         check_kind(loaded, kind)
+    if traced:
+        report("tracing the encoder")
+    exact = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings) if traced else None
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     needed_bytes = int(sum(_SHARE[kind.precision] for kind in kinds) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
@@ -127,13 +131,17 @@ def convert(
         graphs = []
         for kind in kinds:
             if kind.precision == "int8" and kind.max_level not in sites_by_level:
-                sites_by_level[kind.max_level] = quantize(loaded, texts, max_level=kind.max_level, report=report)
+                sites_by_level[kind.max_level] = (
+                    quantize(loaded, texts, max_level=kind.max_level, report=report)
+                    if exact is None
+                    else quantize_traced(exact, calibration_ids(loaded, texts), max_level=kind.max_level, report=report)
+                )
             int8_sites = sites_by_level[kind.max_level] if kind.precision == "int8" else None
-            report(f"{'tracing' if traced else 'building'} the {kind.precision} graph for {kind.cpu or kind.target}")
-            if traced:
-                model = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings)
-            else:
+            report(f"building the {kind.precision} graph for {kind.cpu or kind.target}")
+            if exact is None:
                 model = build_model(loaded, kind, int8_sites, fp32_sites, with_token_embeddings=with_token_embeddings)
+            else:
+                model = exact if int8_sites is None else to_int8(exact, int8_sites)
             graph = write_graph(loaded, folder, kind, model, int8_sites=int8_sites or {}, fp32_sites=fp32_sites)
             graphs.append(dataclasses.replace(graph, batch_invariant=graph.batch_invariant and not traced))
         manifest = _describe(loaded, folder, graphs)

@@ -33,7 +33,7 @@ def find_weights(folder: Path) -> list[Path]:
     """Find a checkpoint's weight files: safetensors before pickles, one file before several.
 
     Raises:
-        CheckpointError: There are none, or an adapter lies in their place.
+        CheckpointError: There are none.
     """
     names = []
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -47,11 +47,6 @@ def find_weights(folder: Path) -> list[Path]:
                 raise CheckpointError(f"{str(index)!r} is no index of weight files: {error!r}") from error
         if names:
             break
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{str(folder)!r} holds an adapter (adapter_config.json). Merge it into its model first: with peft, "
-            "model.merge_and_unload() and then save_pretrained"
-        )
     if not names:
         raise CheckpointError(
             f"{str(folder)!r} has no weights: expected model.safetensors or pytorch_model.bin, found "

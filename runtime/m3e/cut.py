@@ -10,7 +10,8 @@ is therefore known from asking the tokenizer about ``aXa``: it vanishes, separat
 a word. Hence three facts. (1) Each isolated character and each word gives at least one token, so counting them tells
 how much of the text is enough, and no token reaches across an isolated character. (2) A word of more than
 ``max_input_chars_per_word`` characters is one [UNK], whatever else it holds. (3) Of several white spaces, or several
-vanishing characters, one does what all do. (2) and (3) shorten what (1) does not cut. Added tokens such as [MASK] are
+vanishing characters, one does what all do. (2) and (3) shorten what (1) does not cut. Where that leaves much, it is of
+words with many tokens each: a prefix is tokenised to see that it is long enough. Added tokens such as [MASK] are
 found in the raw text before all this. Each begins and ends with characters that none has elsewhere: the first counts
 for it, the others count for nothing, no cut lies inside one; one vanishing character always stays, to keep apart what
 it kept apart; and what stays of a word is longer than any added token.
@@ -91,15 +92,25 @@ class _BertCutter:
         self._ascii_kinds = self._kinds[:256].tobytes()
 
     def __call__(self, text: str, n_tokens: int) -> str:
+        shortened = self._shorten_text(text, n_tokens)
+        # A word is counted as one token and may be fifty: of long words a few are enough.
+        size = n_tokens + 64
+        while 8 * size < len(shortened) and size <= 8 * n_tokens + 64:
+            begins = np.flatnonzero(_begins(self._kinds_of(shortened[:size])))
+            if len(begins):
+                prefix = shortened[: int(begins[-1])]
+                if len(self._tokenizer.encode_batch_fast([prefix], add_special_tokens=False)[0].ids) > n_tokens:
+                    return prefix
+            size *= 2
+        return shortened
+
+    def _shorten_text(self, text: str, n_tokens: int) -> str:
         kept: list[str] = []
         size = min(8 * n_tokens + 64, _MAX_WINDOW)
         start = count = 0
         while start < len(text):
             window = text[start : start + size]
-            if window.isascii():
-                kinds = np.frombuffer(window.encode("ascii").translate(self._ascii_kinds), dtype=np.uint8)
-            else:
-                kinds = self._look_up(np.frombuffer(window.encode("utf-32-le"), dtype=np.uint32))
+            kinds = self._kinds_of(window)
             flood = self._shorten_flood(window, kinds)
             if flood is not None:
                 kept.append(flood)
@@ -115,6 +126,11 @@ class _BertCutter:
             start += size
             size = min(2 * size, _MAX_WINDOW)
         return "".join(kept)
+
+    def _kinds_of(self, window: str) -> npt.NDArray[np.uint8]:
+        if window.isascii():
+            return np.frombuffer(window.encode("ascii").translate(self._ascii_kinds), dtype=np.uint8)
+        return self._look_up(np.frombuffer(window.encode("utf-32-le"), dtype=np.uint32))
 
     def _look_up(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
         kinds = np.take(self._kinds, codes, mode="clip")  # nothing to clip; it is the fastest mode
