@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -20,9 +21,11 @@ import pytest
 
 import m3e
 from m3e import Encoder, InputError
+from m3e.bulk.embed import embed
+from m3e.bulk.inputs import Input
 from m3e.bulk.on_ray import embed_on_ray
 from m3e.bulk.records import Fields
-from m3e.bulk.vectors import VectorOptions
+from m3e.bulk.vectors import VectorOptions, VectorSource
 from m3e.cli.main import main
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(280)]
@@ -57,7 +60,10 @@ def cluster() -> Iterator[Any]:
 
 
 def check(output: Path, texts: list[str], encoder: Encoder) -> None:
-    table = pyarrow.dataset.dataset(output).to_table().sort_by("id")
+    """The files in the order of their names hold the rows in the order of the input."""
+    table = pyarrow.dataset.dataset(output).to_table()
+    assert table.schema.names == ["id", "text", "truncated", "embedding"]
+    assert json.loads(table.schema.metadata[b"m3e"])["space_id"] == encoder.manifest.space_id
     assert table["id"].to_pylist() == list(range(len(texts)))
     assert table["text"].to_pylist() == texts
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(texts), -1)
@@ -85,12 +91,13 @@ def test_a_killed_worker_costs_no_row(
     killer = threading.Thread(target=kill_one_actor, args=(killed, stop))
     killer.start()
     try:
-        embed_on_ray(str(source), str(tmp_path / "out"), str(tiny_bundle), Fields("text", ("id:int", "text")),
-                     VectorOptions(), workers=2)  # fmt: skip
+        summary = embed_on_ray(str(source), str(tmp_path / "out"), str(tiny_bundle), Fields("text", ("id:int", "text")),
+                               VectorOptions(), workers=2)  # fmt: skip
     finally:
         stop.set()
         killer.join()
     assert killed
+    assert (summary.rows, summary.new_rows, summary.rejected) == (len(texts), len(texts), 0)
     check(tmp_path / "out", texts, tiny_encoder)
 
 
@@ -101,13 +108,43 @@ def test_the_command_on_ray(
     arguments = ["embed", str(source), "-o", str(tmp_path / "out"), "--bundle", str(tiny_bundle), "--keep", "id:int",
                  "--engine", "ray", "--workers", "2"]  # fmt: skip
     assert main(arguments) == 0
+    assert f"{tmp_path}/out: 24,000 vectors, 0 of texts that were cut, 0 records rejected, " in capsys.readouterr().out
     check(tmp_path / "out", texts, tiny_encoder)
     schema = pq.read_schema(next((tmp_path / "out").glob("*.parquet")))
     assert schema.field("embedding").type == pa.list_(pa.float32(), 64)
     assert main(arguments) == 2
     assert "Ray writes into a new folder" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no column 'body'"):
-        embed_on_ray(str(source), str(tmp_path / "x"), str(tiny_bundle), Fields("body"), VectorOptions())
+    for field, message in (("body", "no column 'body', only 'id', 'text'"), ("id", "'id' is int64, expected text")):
+        with pytest.raises(InputError, match=message):
+            embed_on_ray(str(source), str(tmp_path / "x"), str(tiny_bundle), Fields(field), VectorOptions())
+    with pytest.raises(InputError, match="has text; use --engine local"):
+        embed_on_ray("-", str(tmp_path / "x"), str(tiny_bundle), Fields("text"), VectorOptions())
+    with pytest.raises(InputError, match="was written by the engine ray"):
+        embed(Input(str(source)), tmp_path / "out", VectorSource(tiny_encoder, VectorOptions()),
+              Fields("text", ("id:int", "text")), append=True)  # fmt: skip
+
+
+def test_urls_and_records_that_cannot_be_used(
+    cluster: Any, tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    good = ["今天天气真好", "长" * 600, "我想退货"]
+    lines = [{"id": 0, "text": good[0]}, {"id": 1, "text": None}, {"id": 2, "text": good[1]}, {"id": 3, "text": None}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"id": 4, "text": good[2]}) + "\n")
+    source, output = f"file://{tmp_path}/in", f"file://{tmp_path}/out"
+    options = VectorOptions(precision="float16")
+    summary = embed_on_ray(source, output, str(tiny_bundle), Fields("text", ("id:int",)), options)
+    assert (summary.rows, summary.truncated, summary.rejected) == (3, 1, 2)
+    table = pyarrow.dataset.dataset(tmp_path / "out").to_table()
+    assert table["id"].to_pylist() == [0, 2, 4]
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(3, -1)
+    with pytest.warns(m3e.TruncationWarning):
+        np.testing.assert_array_equal(vectors, tiny_encoder.encode(good).astype(np.float16))
+    rejected = [json.loads(line) for path in (tmp_path / "out" / "_rejected").iterdir()
+                for line in path.read_text().splitlines()]  # fmt: skip
+    assert [row["record"]["id"] for row in rejected] == [1, 3]
+    assert rejected[0]["problem"] == "field 'text' is null, expected text"
 
 
 def test_spark(source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:

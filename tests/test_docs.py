@@ -107,7 +107,7 @@ def test_every_block_runs(place: Path, page: str, minilm_encoder: Encoder) -> No
 def test_no_page_is_left_out() -> None:
     names = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     # With their own tests, or commands that need another machine.
-    elsewhere = {"benchmarks.md", "checkpoints.md", "gpu.md", "interop.md", "serving.md", "sources.md"}
+    elsewhere = {"agents.md", "benchmarks.md", "checkpoints.md", "gpu.md", "interop.md", "serving.md", "sources.md"}
     assert names - elsewhere == {page.values[0] for page in PAGES}
 
 

@@ -88,7 +88,7 @@ def embed(
     if output.suffix == ".npy" and fields.kept:
         raise InputError("an .npy file holds vectors alone; keep no fields, or write Parquet or JSON lines")
     job = {"input": source.identity, "text_field": fields.text, "columns": fields.kept, "rows_per_part": rows_per_part,
-           "vectors": vectors.describe()}  # fmt: skip
+           "vectors": vectors.describe(), "engine": "local"}  # fmt: skip
     wanted = State(space=vectors.space, job=json.loads(json.dumps(job)))
     single = output.suffix in (".parquet", ".npy", ".jsonl")
     folder = output.with_name(output.name + ".partial") if single else output

@@ -68,21 +68,21 @@ def _run(parsed: argparse.Namespace) -> None:
 
         if parsed.append:
             raise InputError("--append is not for --engine ray; choose another -o")
-        embed_on_ray(
+        summary = embed_on_ray(
             parsed.input, parsed.output, parsed.bundle, fields, options,
             graph_precision=parsed.graph_precision, workers=parsed.workers, threads=parsed.threads,
         )  # fmt: skip
-        return
-    source = Input(parsed.input, parsed.input_format)
-    encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
-    summary = embed(
-        source,
-        Path(parsed.output),
-        VectorSource(encoder, options),
-        fields,
-        rows_per_part=parsed.rows_per_part,
-        append=parsed.append,
-    )
+    else:
+        source = Input(parsed.input, parsed.input_format)
+        encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
+        summary = embed(
+            source,
+            Path(parsed.output),
+            VectorSource(encoder, options),
+            fields,
+            rows_per_part=parsed.rows_per_part,
+            append=parsed.append,
+        )
     speed = f", {summary.new_rows / summary.seconds:,.0f} rows/s" if summary.new_rows else ", nothing was left to do"
     sys.stdout.write(
         f"{parsed.output}: {summary.rows:,} vectors, {summary.truncated:,} of texts that were cut, "
