@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -91,8 +92,10 @@ def test_a_killed_worker_costs_no_row(
     killer = threading.Thread(target=kill_one_actor, args=(killed, stop))
     killer.start()
     try:
-        summary = embed_on_ray(str(source), str(tmp_path / "out"), str(tiny_bundle), Fields("text", ("id:int", "text")),
-                               VectorOptions(), workers=2)  # fmt: skip
+        fields = Fields("text", ("id:int", "text"))
+        summary = embed_on_ray(
+            Input(str(source)), str(tmp_path / "out"), str(tiny_bundle), fields, VectorOptions(), workers=2
+        )
     finally:
         stop.set()
         killer.join()
@@ -114,11 +117,11 @@ def test_the_command_on_ray(
     assert schema.field("embedding").type == pa.list_(pa.float32(), 64)
     assert main(arguments) == 2
     assert "Ray writes into a new folder" in capsys.readouterr().err
-    for field, message in (("body", "no column 'body', only 'id', 'text'"), ("id", "'id' is int64, expected text")):
+    for field, message in (("body", "no column 'body', only 'id', 'text'"), ("id", "field 'id' is 0, expected text")):
         with pytest.raises(InputError, match=message):
-            embed_on_ray(str(source), str(tmp_path / "x"), str(tiny_bundle), Fields(field), VectorOptions())
-    with pytest.raises(InputError, match="has text; use --engine local"):
-        embed_on_ray("-", str(tmp_path / "x"), str(tiny_bundle), Fields("text"), VectorOptions())
+            embed_on_ray(Input(str(source)), str(tmp_path / "x"), str(tiny_bundle), Fields(field), VectorOptions())
+    with pytest.raises(InputError, match="a cluster cannot read this process's standard input"):
+        embed_on_ray(Input("-"), str(tmp_path / "x"), str(tiny_bundle), Fields("text"), VectorOptions())
     with pytest.raises(InputError, match="was written by the engine ray"):
         embed(Input(str(source)), tmp_path / "out", VectorSource(tiny_encoder, VectorOptions()),
               Fields("text", ("id:int", "text")), append=True)  # fmt: skip
@@ -128,31 +131,39 @@ def test_urls_and_records_that_cannot_be_used(
     cluster: Any, tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
 ) -> None:
     good = ["今天天气真好", "长" * 600, "我想退货"]
-    lines = [{"id": 0, "text": good[0]}, {"id": 1, "text": None}, {"id": 2, "text": good[1]}, {"id": 3, "text": None}]
+    lines = [
+        '{"id": 0, "text": "今天天气真好"}',
+        "{",
+        json.dumps({"id": 2, "text": good[1]}),
+        '{"id": 3, "text": null}',
+    ]
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"id": 4, "text": good[2]}) + "\n")
     source, output = f"file://{tmp_path}/in", f"file://{tmp_path}/out"
     options = VectorOptions(precision="float16")
-    summary = embed_on_ray(source, output, str(tiny_bundle), Fields("text", ("id:int",)), options)
+    summary = embed_on_ray(Input(source), output, str(tiny_bundle), Fields("text", ("id:int",)), options)
     assert (summary.rows, summary.truncated, summary.rejected) == (3, 1, 2)
     table = pyarrow.dataset.dataset(tmp_path / "out").to_table()
     assert table["id"].to_pylist() == [0, 2, 4]
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(3, -1)
     with pytest.warns(m3e.TruncationWarning):
         np.testing.assert_array_equal(vectors, tiny_encoder.encode(good).astype(np.float16))
-    rejected = [json.loads(line) for path in (tmp_path / "out" / "_rejected").iterdir()
-                for line in path.read_text().splitlines()]  # fmt: skip
-    assert [row["record"]["id"] for row in rejected] == [1, 3]
-    assert rejected[0]["problem"] == "field 'text' is null, expected text"
+    listed = (tmp_path / "out" / "_rejected" / "000000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in listed] == [2, 4]
+    assert json.loads(listed[1]) == {"file": "a.jsonl", "line": 4, "problem": "field 'text' is null, expected text"}
 
 
-def test_spark(source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
+def test_spark(
+    source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     from pyspark.sql import SparkSession
 
     from m3e.bulk.on_spark import embed_partitions, output_schema
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)  # without it, whatever python3 the PATH has
     spark = (
         SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
         .config("spark.driver.bindAddress", "127.0.0.1").config("spark.driver.host", "127.0.0.1").getOrCreate()

@@ -63,17 +63,24 @@ class Input:
         """Read from a place on: index of the file, records of it to skip."""
         skip = start[1]
         for index in range(start[0], len(self.files)):
-            file = self.files[index]
-            self._current = index
-            if file.format == "dataset":
-                yield from read_dataset(file.path, fields, index, skip)
-            elif file.path == "-":
-                yield from READERS[file.format](sys.stdin.buffer, fields, index, skip)
-            else:
-                with _opened(file) as self._open:
-                    yield from READERS[file.format](self._open, fields, index, skip)
-                self._open = None
+            yield from self.records_of_file(index, fields, skip)
             skip = 0
+
+    def records_of_file(self, index: int, fields: Fields, skip: int = 0) -> Iterator[Record]:
+        """Read one of the files, without its first records."""
+        file = self.files[index]
+        self._current = index
+        if file.format == "dataset":
+            yield from read_dataset(file.path, fields, index, skip)
+        elif file.path == "-":
+            yield from READERS[file.format](sys.stdin.buffer, fields, index, skip)
+        else:
+            with _opened(file) as stream:
+                self._open = stream
+                try:
+                    yield from READERS[file.format](stream, fields, index, skip)
+                finally:
+                    self._open = None
 
     def total_rows(self) -> int | None:
         """Count the rows where the files say how many they have."""
@@ -107,10 +114,10 @@ def _find(argument: str, format_: str | None) -> Iterator[InputFile]:
     elif not Path(argument).exists():
         raise InputError(f"no input at {argument!r}: there is no such file or folder")
     elif not Path(argument).is_dir():
-        path = Path(argument)
+        path = Path(argument).absolute()
         yield InputFile(str(path), path.name, format_ or _format_of(path.name), path.stat().st_size)
     elif (Path(argument) / "state.json").exists() and (Path(argument) / "dataset_info.json").exists():
-        yield InputFile(argument, Path(argument).name, "dataset", None)
+        yield InputFile(str(Path(argument).absolute()), Path(argument).name, "dataset", None)
     else:
         yield from _in_folder(Path(argument), format_)
 
@@ -118,7 +125,7 @@ def _find(argument: str, format_: str | None) -> Iterator[InputFile]:
 def _in_folder(folder: Path, format_: str | None) -> Iterator[InputFile]:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     for name in _data_files(names, str(folder)):
-        path = folder / name
+        path = folder.absolute() / name
         yield InputFile(str(path), name, format_ or _format_of(name), path.stat().st_size)
 
 

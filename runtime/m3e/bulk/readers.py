@@ -65,7 +65,7 @@ def read_parquet(stream: BinaryIO, fields: Fields, file: int, skip: int) -> Iter
     """Read Parquet a batch at a time; row groups that are skipped whole are not decoded."""
     parquet = import_parquet()
     opened = parquet.ParquetFile(stream)
-    check_columns(fields, opened.schema_arrow.names)
+    _check_columns(fields, opened.schema_arrow.names)
     first, number = 0, 0
     while first < opened.num_row_groups and number + opened.metadata.row_group(first).num_rows <= skip:
         number += opened.metadata.row_group(first).num_rows
@@ -93,29 +93,10 @@ def read_dataset(name: str, fields: Fields, file: int, skip: int) -> Iterator[Re
         if not isinstance(rows, datasets.Dataset):
             raise InputError(f"{name} has the splits {', '.join(rows)}; give the folder of one of them")
     if rows.column_names is not None:
-        check_columns(fields, rows.column_names)
+        _check_columns(fields, rows.column_names)
         rows = rows.select_columns(fields.names)
     for number, values in enumerate(rows.skip(skip), start=skip + 1):
         yield fields.record(file, number, number, values)
-
-
-def check_columns(fields: Fields, names: list[str]) -> None:
-    """Check that an input with these columns has those that are asked for."""
-    missing = [name for name in fields.names if name not in names]
-    if missing:
-        raise InputError(
-            f"the input has no column {', '.join(map(repr, missing))}, only {', '.join(map(repr, names))}; "
-            "name the text's with --text-field"
-        )
-
-
-def import_parquet() -> Any:
-    """Give ``pyarrow.parquet``, or say how to get it."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DependencyError('pyarrow is not installed: pip install "m3e-runtime[bulk]"') from error
-    return pyarrow.parquet
 
 
 READERS: dict[str, Callable[[BinaryIO, Fields, int, int], Iterator[Record]]] = {
@@ -134,7 +115,7 @@ def _read_delimited(stream: BinaryIO, fields: Fields, file: int, skip: int, **di
     header = next(rows, None)
     if header is None:
         return
-    check_columns(fields, header)
+    _check_columns(fields, header)
     for number in itertools.count(1):
         try:
             row = next(rows)
@@ -150,6 +131,24 @@ def _read_delimited(stream: BinaryIO, fields: Fields, file: int, skip: int, **di
         else:
             problem = f"{len(row)} values, the header has {len(header)}"
             yield Record(file, number, rows.line_num, None, problem=problem)
+
+
+def _check_columns(fields: Fields, names: list[str]) -> None:
+    missing = [name for name in fields.names if name not in names]
+    if missing:
+        raise InputError(
+            f"the input has no column {', '.join(map(repr, missing))}, only {', '.join(map(repr, names))}; "
+            "name the text's with --text-field"
+        )
+
+
+def import_parquet() -> Any:
+    """Give ``pyarrow.parquet``, or say how to get it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DependencyError('pyarrow is not installed: pip install "m3e-runtime[bulk]"') from error
+    return pyarrow.parquet
 
 
 def _numbered(stream: BinaryIO, skip: int) -> Iterator[tuple[int, bytes | str]]:

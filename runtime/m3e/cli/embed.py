@@ -63,17 +63,17 @@ def _run(parsed: argparse.Namespace) -> None:
     )
     bare = parsed.no_text or parsed.output.endswith(".npy")
     fields = Fields(parsed.text_field, tuple(parsed.keep) + (() if bare else (parsed.text_field,)))
+    source = Input(parsed.input, parsed.input_format)
     if parsed.engine == "ray":
         from m3e.bulk.on_ray import embed_on_ray
 
         if parsed.append:
             raise InputError("--append is not for --engine ray; choose another -o")
         summary = embed_on_ray(
-            parsed.input, parsed.output, parsed.bundle, fields, options,
+            source, parsed.output, parsed.bundle, fields, options,
             graph_precision=parsed.graph_precision, workers=parsed.workers, threads=parsed.threads,
         )  # fmt: skip
     else:
-        source = Input(parsed.input, parsed.input_format)
         encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
         summary = embed(
             source,
