@@ -72,12 +72,11 @@ def check(output: Path, texts: list[str], encoder: Encoder) -> None:
 
 
 def kill_one_actor(killed: list[int], stop: threading.Event) -> None:
-    """Kill the first actor that has opened the bundle, once it has had time to begin a batch."""
+    """Kill the first actor whose process title says that it is at work on a block."""
     while not stop.is_set() and not killed:
         for process in psutil.process_iter(["cmdline"]):
             line = " ".join(process.info["cmdline"] or [])
-            if "ray::" in line and "EncodeBatches" in line and process.pid != os.getpid():
-                time.sleep(1)
+            if line.startswith("ray::") and "EncodeBatches" in line and ".submit" in line:
                 process.send_signal(signal.SIGKILL)
                 killed.append(process.pid)
                 break

@@ -43,7 +43,7 @@ def program(heading: str) -> str:
 
 
 def test_semantic_kernel_with_the_service(place: Path) -> None:
-    with running(place / "bundles" / "m3e-base") as server:
+    with running(f"m3e-base={place / 'bundles' / 'm3e-base'}") as server:
         asked = program("semantic-kernel with the service").replace("http://127.0.0.1:8080", server.url)
         run_python(python_with(*SEMANTIC_KERNEL), asked + COMPARE, place)
 
