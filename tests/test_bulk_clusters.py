@@ -49,7 +49,24 @@ def source(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket on a local S3 server, which every process that starts later finds too."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        fsspec.filesystem("s3").mkdir("rows")
+        yield "s3://rows"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: str) -> Iterator[Any]:
     import ray
     import ray.data
 
@@ -151,6 +168,25 @@ def test_urls_and_records_that_cannot_be_used(
     listed = (tmp_path / "out" / "_rejected" / "000000.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in listed] == [2, 4]
     assert json.loads(listed[1]) == {"file": "a.jsonl", "line": 4, "problem": "field 'text' is null, expected text"}
+
+
+def test_an_object_store(
+    cluster: Any, bucket: str, source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    import fsspec
+
+    files = fsspec.filesystem("s3")
+    files.put(f"{source}/", f"{bucket}/in/", recursive=True)
+    fields = Fields("text", ("id:int", "text"))
+    summary = embed_on_ray(Input(f"{bucket}/in"), f"{bucket}/out", str(tiny_bundle), fields, VectorOptions(), workers=2)
+    assert summary.rows == len(texts)
+    files.get(f"{bucket}/out/", f"{tmp_path}/out/", recursive=True)
+    check(tmp_path / "out", texts, tiny_encoder)
+    with pytest.raises(InputError, match="Ray writes into a new folder"):
+        embed_on_ray(Input(f"{bucket}/in"), f"{bucket}/out", str(tiny_bundle), fields, VectorOptions())
+    embed(Input(f"{bucket}/in"), tmp_path / "local", VectorSource(tiny_encoder, VectorOptions()), fields)
+    table = pyarrow.dataset.dataset(tmp_path / "local").to_table()
+    assert table["text"].to_pylist() == texts
 
 
 def test_spark(

@@ -159,6 +159,7 @@ def _count(filesystem: Any, folder: str, schema: Any, state: State) -> State:
     """Fill a state in from what was written."""
     import pyarrow.dataset
 
+    filesystem.invalidate_cache()  # other processes wrote
     filesystem.makedirs(folder, exist_ok=True)  # nothing was, of an input without records
     written = pyarrow.dataset.dataset(folder, schema, format="parquet", filesystem=filesystem)
     state.rows = written.count_rows()
