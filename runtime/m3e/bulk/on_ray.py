@@ -37,7 +37,7 @@ def read_file(batch: Any, source: Input, fields: Fields, schema: Any, output: st
     (index,) = batch["item"].to_pylist()
     filesystem, folder = filesystem_of(output)
     with contextlib.ExitStack() as opened:
-        rejected = None
+        rejected: Any = None
         for window in windows(source.records_of_file(index, fields), 0):
             if window.rejected and rejected is None:
                 filesystem.makedirs(f"{folder}/{_REJECTED}", exist_ok=True)
@@ -111,7 +111,7 @@ def embed_on_ray(
         raise InputError(f"{output!r} exists; Ray writes into a new folder, choose another -o")
     started = time.monotonic()
     # Every option, the bundle and the first records are checked here, once, before a cluster is asked for anything.
-    encoder = {"bundle": os.path.abspath(bundle), "precision": graph_precision}  # noqa: PTH100
+    encoder: dict[str, Any] = {"bundle": os.path.abspath(bundle), "precision": graph_precision}  # noqa: PTH100
     vectors = VectorSource(Encoder(**encoder), options)
     for window in windows(source.records(fields), 0):
         window.check_usable()
