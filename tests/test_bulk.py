@@ -429,6 +429,7 @@ def test_standard_input(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
         (["in.jsonl", "-o", "out", "--truncate-dim", "99"], "truncate_dim is 99"),
         (["in.jsonl", "-o", "out", "--prompt-name", "q"], "no prompt named 'q'"),
         (["empty", "-o", "out"], "'empty' holds no file that ends in"),
+        (["in.jsonl", "-o", "s3://bucket/out"], "'s3://bucket/out' is a URL, and --engine local writes files"),
     ],
 )
 def test_what_is_refused(

@@ -74,6 +74,10 @@ def _run(parsed: argparse.Namespace) -> None:
             graph_precision=parsed.graph_precision, workers=parsed.workers, threads=parsed.threads,
         )  # fmt: skip
     else:
+        if "://" in parsed.output:
+            raise InputError(
+                f"{parsed.output!r} is a URL, and --engine local writes files; choose a path, or --engine ray"
+            )
         encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
         summary = embed(
             source,
