@@ -55,11 +55,12 @@ def node_with(*packages: str) -> Path:
 
 
 def run_python(python: Path, program: str, folder: Path) -> None:
-    """Run a program that sees this checkout's packages, but none of the caller's."""
+    """Run a program in a folder. It sees this checkout's packages, but none of the caller's."""
     roots = os.pathsep.join(str(ROOT / root) for root in ("runtime", "export", "."))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment = {**kept, "PYTHONPATH": roots, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    _do([str(python), "-c", program], folder, environment)
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    _do([str(python), "program.py"], folder, environment)
 
 
 def run_node(modules: Path, program: str, folder: Path) -> None:

@@ -144,6 +144,38 @@ def test_a_data_set_written_by_datasets(tiny_encoder: Encoder, tmp_path: Path) -
     assert [r.text for r in Input(str(tmp_path / "in")).records(Fields("text"), (0, 37))] == texts[37:]
 
 
+def test_a_data_set_by_its_name_is_streamed(
+    tiny_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is what ``datasets`` can load without the hub."""
+    texts = short_texts(40)
+    (tmp_path / "named").mkdir()
+    write_jsonl(tmp_path / "named" / "test.jsonl", texts)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run("hf:named@test", tmp_path / "out", tiny_encoder, keep=("id:int", "text"), rows_per_part=15)
+    assert pyarrow.dataset.dataset(tmp_path / "out").to_table()["text"].to_pylist() == texts
+    assert [r.text for r in Input("hf:named@test").records(Fields("text"), (0, 37))] == texts[37:]
+
+
+def test_urls(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    import fsspec
+
+    texts, files = short_texts(90), fsspec.filesystem("memory")
+    files.pipe({
+        "/in/b.txt": INPUTS["a.txt"](texts[30:60]), "/in/a.jsonl.gz": INPUTS["a.jsonl.gz"](texts[:30]),
+        "/in/sub/c.parquet": parquet_bytes(texts[60:]), "/in/_rejected.jsonl": b"{", "/in/image.png": b"\xff",
+    })  # fmt: skip
+    run("memory://in", tmp_path / "out", tiny_encoder, keep=("text",), rows_per_part=20)
+    assert pyarrow.dataset.dataset(tmp_path / "out").to_table()["text"].to_pylist() == texts
+    source = Input("memory://in/b.txt")
+    assert [record.text for record in source.records(Fields("text"), (0, 5))] == texts[35:60]
+    assert source.identity == [["memory://in/b.txt", len(INPUTS["a.txt"](texts[30:60]))]]
+    for url, message in (("memory://in/no.txt", "no input at"), ("nothing://x", "Protocol not known: nothing")):
+        with pytest.raises(InputError, match=message):
+            Input(url)
+
+
 def test_bad_records_go_to_a_side_file(tiny_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_MAX_LINE_BYTES", 64)
     lines = [
@@ -397,6 +429,7 @@ def test_standard_input(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
         (["in.jsonl", "-o", "out", "--truncate-dim", "99"], "truncate_dim is 99"),
         (["in.jsonl", "-o", "out", "--prompt-name", "q"], "no prompt named 'q'"),
         (["empty", "-o", "out"], "'empty' holds no file that ends in"),
+        (["in.jsonl", "-o", "s3://bucket/out"], "'s3://bucket/out' is a URL, and --engine local writes files"),
     ],
 )
 def test_what_is_refused(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
+from benchmarks.server_process import running
 from m3e import BundleError, Encoder, InputError
 from m3e.bundle import SIDE_NAME, Bundle
 from m3e.calibration import Calibration, fit
@@ -73,6 +74,19 @@ def calibrated(minilm_encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["calibrate", str(folder), str(tmp_path / "pairs.tsv"), "--precision", "0.8"]) == 0
     assert "20 pairs, 10 of the same meaning" in capsys.readouterr().out
     return folder
+
+
+def test_the_server_gives_the_same_probabilities(calibrated: Path) -> None:
+    encoder, texts = Encoder(calibrated), ["A cat is sleeping", "The cat sleeps", "What does the apple cost?"]
+    vectors = encoder.encode(texts)
+    inputs = {"source_sentence": texts[0], "sentences": texts[1:]}
+    with running(calibrated) as server:
+        cosines = server.post("/similarity", {"inputs": inputs}).json
+        scores = server.post("/similarity", {"inputs": inputs, "parameters": {"calibrated": True}}).json
+    np.testing.assert_allclose(cosines, encoder.similarity(vectors[0], vectors[1:])[0], atol=1e-6)
+    expected = encoder.similarity(vectors[0], vectors[1:], calibrated=True)[0]
+    np.testing.assert_allclose(scores, expected, atol=1e-4)  # the map may be steep
+    assert scores != cosines
 
 
 def test_calibrate_then_compare(calibrated: Path) -> None:

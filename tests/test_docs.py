@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,17 +17,22 @@ import pytest
 
 import m3e
 import m3e_export
+from benchmarks.server_process import running
 from m3e import Encoder
 
 ROOT = Path(__file__).parents[1]
 # Their blocks need packages beyond the runtime's, and some minutes.
 WITH_PEERS = {"integrations.md", "bulk.md"}
 MARKS = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+# The same blocks as in English, with other words.
+TRANSLATED = {"zh/tune.md", "zh/precision.md", "zh/operate.md"}
 PAGES = [
-    pytest.param(name, marks=MARKS if name in WITH_PEERS else [])
+    pytest.param(name, marks=MARKS if name in WITH_PEERS else pytest.mark.long if name in TRANSLATED else [])
     for name in ("index.md", "migrate.md", "bulk.md", "integrations.md", "scores.md", "precision.md", "tune.md",
-                 "operate.md", "zh/index.md", "zh/migrate.md", "zh/bulk.md", "zh/scores.md")
+                 "operate.md", "zh/index.md", "zh/migrate.md", "zh/bulk.md", "zh/scores.md", "zh/tune.md",
+                 "zh/precision.md", "zh/operate.md")
 ]  # fmt: skip
+SERVING = ["serving.md", pytest.param("zh/serving.md", marks=pytest.mark.long)]
 ROOTS = os.pathsep.join(str(Path(str(package.__file__)).parents[1]) for package in (m3e, m3e_export))
 M3E = """#!{python}
 import sys
@@ -78,6 +86,7 @@ def place(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOTS, str(ROOT)]))
     monkeypatch.setenv("ANONYMIZED_TELEMETRY", "False")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
     return tmp_path
 
 
@@ -93,22 +102,39 @@ def test_every_block_runs(place: Path, page: str, minilm_encoder: Encoder) -> No
     assert found
     converts = any("m3e convert" in code and "bundles/m3e-base" in code for _, code in found)
     if not converts:  # the page stands on the first one, which did
-        import shutil
-
         shutil.copytree(minilm_encoder._folder, place / "bundles" / "m3e-base")
     for language, code in found:
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-        if page == "precision.md" and language == "sh":
+        if page.endswith("precision.md") and language == "sh":
             assert "certificate" in done.stdout or "max_abs_difference" in done.stdout
         assert done.returncode == 0, f"{page}\n{code}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", SERVING)
+def test_the_pages_about_the_service(place: Path, page: str, minilm_encoder: Encoder) -> None:
+    """Their ``m3e serve`` goes on while the blocks after it run, on a port that is free here."""
+    shutil.copytree(minilm_encoder._folder, place / "bundles" / "m3e-base")
+    moved: dict[str, str] = {}
+    with contextlib.ExitStack() as servers:
+        for language, code in blocks(page):
+            *before, last = code.strip().splitlines()
+            if last.startswith("m3e serve"):
+                server = servers.enter_context(running(*shlex.split(last, comments=True)[2:]))
+                moved["6008" if "--compat" in last else "8080"] = str(server.port)
+                code = "\n".join(before)
+            for port, free in moved.items():
+                code = code.replace(f"127.0.0.1:{port}", f"127.0.0.1:{free}")
+            command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+            assert done.returncode == 0, f"{page}\n{code}\n{done.stderr}"
 
 
 def test_no_page_is_left_out() -> None:
     names = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     # With their own tests, or commands that need another machine.
-    elsewhere = {"benchmarks.md", "checkpoints.md", "gpu.md", "interop.md", "serving.md", "sources.md"}
-    assert names - elsewhere == {page.values[0] for page in PAGES}
+    elsewhere = {"agents.md", "benchmarks.md", "checkpoints.md", "gpu.md", "interop.md", "sources.md"}
+    assert names - elsewhere == {page.values[0] for page in PAGES} | {"serving.md", "zh/serving.md"}
 
 
 @pytest.mark.frameworks

@@ -251,6 +251,8 @@ def test_tei_refusals(server: Server, content: Any, status: int, type_: str, mes
         ("/similarity", {"inputs": {"source_sentence": ["a"], "sentences": ["b"]}}),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": "b"}}),
         ("/similarity", {"inputs": {"source_sentence": "a"}}),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}, "parameters": {"calibrated": True}}),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}, "parameters": {"calibrated": 1}}),
     ],
 )
 def test_refusals_of_the_other_routes(server: Server, path: str, content: Any) -> None:

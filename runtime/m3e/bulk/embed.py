@@ -88,7 +88,7 @@ def embed(
     if output.suffix == ".npy" and fields.kept:
         raise InputError("an .npy file holds vectors alone; keep no fields, or write Parquet or JSON lines")
     job = {"input": source.identity, "text_field": fields.text, "columns": fields.kept, "rows_per_part": rows_per_part,
-           "vectors": vectors.describe()}  # fmt: skip
+           "vectors": vectors.describe(), "engine": "local"}  # fmt: skip
     wanted = State(space=vectors.space, job=json.loads(json.dumps(job)))
     single = output.suffix in (".parquet", ".npy", ".jsonl")
     folder = output.with_name(output.name + ".partial") if single else output
@@ -132,8 +132,7 @@ def _run(
                 if window.rows:
                     sink.write(_embedded(window, vectors, fields, state))
                 for record in window.rejected:
-                    line = {"file": source.files[record.file].name, "line": record.line, "problem": record.problem}
-                    rejected.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+                    rejected.write(record.rejection(source.files[record.file].name))
                 _advance(state, window)
                 uncommitted += len(window.rows)
                 if uncommitted >= rows_per_part:
@@ -170,12 +169,8 @@ def _advance(state: State, window: Window) -> None:
     state.records += window.n_records
     state.rows += len(window.rows)
     state.rejected += len(window.rejected)
-    if not state.rows and state.rejected:
-        record = window.rejected[0]
-        raise InputError(
-            f"none of the first {state.rejected} records can be used; line {record.line}: {record.problem}. "
-            "Name the text's field with --text-field, or the format with --input-format"
-        )
+    if not state.rows:
+        window.check_usable()
 
 
 def _commit(folder: Path, sink: Sink, rejected: AppendedFile, state: State) -> None:

@@ -40,9 +40,9 @@ class Input:
     """Everything that one INPUT stands for.
 
     Args:
-        argument: A file, a folder (every file in it whose ending is known, by name), ``-`` for standard input, a URL
-            that fsspec opens, a folder written by ``datasets.save_to_disk``, or ``hf:NAME[@SPLIT]``. Files may be
-            compressed.
+        argument: A file, a folder (every file in it whose ending is known, by name), the URL of either for fsspec,
+            ``-`` for standard input, a folder written by ``datasets.save_to_disk``, or ``hf:NAME[@SPLIT]``. Files may
+            be compressed.
         format_: One of `READERS`; None to go by the ending, and lines of text on standard input.
 
     Raises:
@@ -63,17 +63,24 @@ class Input:
         """Read from a place on: index of the file, records of it to skip."""
         skip = start[1]
         for index in range(start[0], len(self.files)):
-            file = self.files[index]
-            self._current = index
-            if file.format == "dataset":
-                yield from read_dataset(file.path, fields, index, skip)
-            elif file.path == "-":
-                yield from READERS[file.format](sys.stdin.buffer, fields, index, skip)
-            else:
-                with _opened(file) as self._open:
-                    yield from READERS[file.format](self._open, fields, index, skip)
-                self._open = None
+            yield from self.records_of_file(index, fields, skip)
             skip = 0
+
+    def records_of_file(self, index: int, fields: Fields, skip: int = 0) -> Iterator[Record]:
+        """Read one of the files, without its first records."""
+        file = self.files[index]
+        self._current = index
+        if file.format == "dataset":
+            yield from read_dataset(file.path, fields, index, skip)
+        elif file.path == "-":
+            yield from READERS[file.format](sys.stdin.buffer, fields, index, skip)
+        else:
+            with _opened(file) as stream:
+                self._open = stream
+                try:
+                    yield from READERS[file.format](stream, fields, index, skip)
+                finally:
+                    self._open = None
 
     def total_rows(self) -> int | None:
         """Count the rows where the files say how many they have."""
@@ -103,31 +110,48 @@ def _find(argument: str, format_: str | None) -> Iterator[InputFile]:
     elif argument.startswith("hf:"):
         yield InputFile(argument, argument, "dataset", None)
     elif "://" in argument:
-        yield InputFile(argument, argument, format_ or _format_of(argument), None)
+        yield from _at_url(argument, format_)
     elif not Path(argument).exists():
         raise InputError(f"no input at {argument!r}: there is no such file or folder")
     elif not Path(argument).is_dir():
-        path = Path(argument)
+        path = Path(argument).absolute()
         yield InputFile(str(path), path.name, format_ or _format_of(path.name), path.stat().st_size)
     elif (Path(argument) / "state.json").exists() and (Path(argument) / "dataset_info.json").exists():
-        yield InputFile(argument, Path(argument).name, "dataset", None)
+        yield InputFile(str(Path(argument).absolute()), Path(argument).name, "dataset", None)
     else:
         yield from _in_folder(Path(argument), format_)
 
 
 def _in_folder(folder: Path, format_: str | None) -> Iterator[InputFile]:
-    """Every file with a known ending, sorted by name; hidden files and those that start with ``_`` are not data."""
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    )
-    found = [name for name in names if _ending(name) in _ENDINGS]
-    if not found:
-        raise InputError(f"{str(folder)!r} holds no file that ends in {', '.join(_ENDINGS)}")
-    for name in found:
-        path = folder / name
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in _data_files(names, str(folder)):
+        path = folder.absolute() / name
         yield InputFile(str(path), name, format_ or _format_of(name), path.stat().st_size)
+
+
+def _at_url(url: str, format_: str | None) -> Iterator[InputFile]:
+    filesystem, path = filesystem_of(url)
+    try:
+        there = filesystem.info(path)
+    except FileNotFoundError as error:
+        raise InputError(f"no input at {url!r}: there is no such file or folder") from error
+    if there["type"] != "directory":
+        yield InputFile(url, url, format_ or _format_of(path), there["size"])
+        return
+    entries = filesystem.find(path, detail=True)
+    names = {full.removeprefix(path).lstrip("/"): full for full in entries}
+    for name in _data_files(list(names), url):
+        full = names[name]
+        yield InputFile(filesystem.unstrip_protocol(full), name, format_ or _format_of(name), entries[full]["size"])
+
+
+def _data_files(names: list[str], folder: str) -> list[str]:
+    """Those with a known ending, sorted; hidden files and those that start with ``_`` are not data."""
+    shown = [name for name in names if not any(part.startswith((".", "_")) for part in name.split("/"))]
+    found = sorted(name for name in shown if _ending(name) in _ENDINGS)
+    if not found:
+        raise InputError(f"{folder!r} holds no file that ends in {', '.join(_ENDINGS)}")
+    return found
 
 
 def _format_of(name: str) -> str:
@@ -148,8 +172,28 @@ def _ending(name: str) -> str:
 def _opened(file: InputFile) -> Any:
     if "://" not in file.path and not file.path.endswith(_COMPRESSED):
         return Path(file.path).open("rb")
+    return _fsspec(file.path).open(file.path, "rb", compression="infer")
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Give the fsspec file system of a path or URL, and the path in it.
+
+    Raises:
+        DependencyError: fsspec, or what it needs for this protocol, is not installed.
+        InputError: The protocol is not known.
+    """
+    try:
+        filesystem, path = _fsspec(url).url_to_fs(url)
+    except ImportError as error:
+        raise DependencyError(f"{url}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{url}: {error}") from error
+    return filesystem, str(path)
+
+
+def _fsspec(path: str) -> Any:
     try:
         import fsspec
     except ImportError as error:
-        raise DependencyError(f'{file.path} needs fsspec: pip install "m3e-runtime[bulk]"') from error
-    return fsspec.open(file.path, "rb", compression="infer")
+        raise DependencyError(f'{path} needs fsspec: pip install "m3e-runtime[bulk]"') from error
+    return fsspec

@@ -50,8 +50,12 @@ class State:
     def save(self, folder: Path) -> None:
         """Replace the file."""
         temporary = folder / "_m3e.json.tmp"
-        temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(self.to_bytes())
         publish(temporary, folder / STATE_NAME)
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def load_state(path: Path) -> State | None:
@@ -104,7 +108,9 @@ def resume_or_start(state: State | None, wanted: State, folder: Path, *, append:
     if not append:
         raise InputError(f"{str(folder)!r} holds a complete job with another {_listed(changed)}; add --append to put "
                          "these rows behind its own, or choose another -o")  # fmt: skip
-    if [name for name in changed if name != "input"] and state.job["columns"] != wanted.job["columns"]:
+    if state.job["engine"] != wanted.job["engine"]:  # there are no row numbers to go on from
+        raise InputError(f"{str(folder)!r} was written by the engine {state.job['engine']}; choose another -o")
+    if state.job["columns"] != wanted.job["columns"]:
         raise InputError(f"{str(folder)!r} has the columns {state.job['columns']}, these rows {wanted.job['columns']}")
     state.job, state.position, state.complete = wanted.job, [0, 0], False
     return state

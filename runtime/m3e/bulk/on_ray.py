@@ -1,118 +1,169 @@
-"""The same job on a Ray cluster: Ray Data reads, schedules and writes; here is its actor.
+"""The same job on a Ray cluster: Ray Data schedules, retries and writes; here are the reading task and the actor.
 
-The rows' numbers are not in the output (a cluster reads many files at once); keep a field that names the row.
+The rows' numbers are not in the output, because files are read side by side; keep a field that names the row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from m3e.bulk.inputs import Input
-from m3e.bulk.job import State
+from m3e.bulk.embed import Summary
+from m3e.bulk.inputs import Input, filesystem_of
+from m3e.bulk.job import STATE_NAME, State
 from m3e.bulk.records import Fields
 from m3e.bulk.sinks import Rows, arrow_schema, to_table
 from m3e.bulk.vectors import VectorOptions, VectorSource
-from m3e.bulk.windows import WINDOW_RECORDS
+from m3e.bulk.windows import WINDOW_RECORDS, windows
 from m3e.encoder import Encoder
 from m3e.errors import DependencyError, InputError
 
+_REJECTED = "_rejected"
+_TEXT = "m3e text"  # beside the kept fields, which may hold the text again
+
+
+def read_file(batch: Any, source: Input, fields: Fields, schema: Any, output: str) -> Iterator[Any]:
+    """Read the file whose number is in a batch: tables of usable records. The others go to a side file of its own.
+
+    A task that is done again writes the same side file again.
+    """
+    import pyarrow as pa
+
+    (index,) = batch["item"].to_pylist()
+    filesystem, folder = filesystem_of(output)
+    with contextlib.ExitStack() as opened:
+        rejected: Any = None
+        for window in windows(source.records_of_file(index, fields), 0):
+            if window.rejected and rejected is None:
+                filesystem.makedirs(f"{folder}/{_REJECTED}", exist_ok=True)
+                rejected = opened.enter_context(filesystem.open(f"{folder}/{_REJECTED}/{index:06}.jsonl", "wb"))
+            for record in window.rejected:
+                rejected.write(record.rejection(source.files[index].name))
+            columns = [window.texts, *([values[i] for values in window.kept] for i in range(len(fields.kept)))]
+            yield pa.table([pa.array(c, type=t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
+
 
 class EncodeBatches:
-    """A Ray actor: opens the bundle once and embeds Arrow tables."""
+    """A Ray actor: opens the bundle once and embeds tables of `read_file`.
 
-    def __init__(
-        self, bundle: str, fields: Fields, options: VectorOptions, graph_precision: str, threads: int | None
-    ) -> None:
-        encoder = Encoder(bundle, precision=graph_precision, num_threads=threads)
-        self._vectors = VectorSource(encoder, options)
+    Args:
+        encoder: Arguments of `Encoder`.
+        options: Of the vectors.
+        fields: Which are copied.
+        schema: Of the output.
+    """
+
+    def __init__(self, encoder: dict[str, Any], options: VectorOptions, fields: Fields, schema: Any) -> None:
+        self._vectors = VectorSource(Encoder(**encoder), options)
         self._fields = fields
-        schema = arrow_schema(fields, self._vectors.space)
-        self._schema = schema.remove(schema.get_field_index("row"))
+        self._schema = schema
 
     def __call__(self, table: Any) -> Any:
-        """Embed the text column; rows without a usable text raise, because a cluster has no side file for them."""
-        kept: dict[str, list[Any]] = {name: [] for name in self._fields.kept}
-        texts = []
-        for number, values in enumerate(table.select(self._fields.names).to_pylist(), start=1):
-            record = self._fields.record(0, number, number, values)
-            if record.text is None:
-                raise InputError(f"row {number} of a batch cannot be used: {record.problem}; filter such rows out, or "
-                                 "use --engine local, which lists them")  # fmt: skip
-            texts.append(record.text)
-            for name, value in zip(self._fields.kept, record.kept, strict=True):
-                kept[name].append(value)
-        embeddings, truncated = self._vectors.embed(texts)
-        rows = Rows(np.zeros(len(texts), dtype=np.int64), kept, truncated, embeddings)
-        return to_table(rows, self._schema)
+        """Embed the texts."""
+        embeddings, truncated = self._vectors.embed(table[_TEXT].to_pylist())
+        kept = {name: table[name].to_pylist() for name in self._fields.kept}
+        return to_table(Rows(np.zeros(len(table), dtype=np.int64), kept, truncated, embeddings), self._schema)
 
 
 def embed_on_ray(
-    source: str, output: str, bundle: str, fields: Fields, options: VectorOptions, *, graph_precision: str = "auto",
+    source: Input, output: str, bundle: str, fields: Fields, options: VectorOptions, *, graph_precision: str = "auto",
     workers: int = 1, threads: int | None = None,
-) -> None:  # fmt: skip
-    """Embed a Parquet or JSON lines input into a folder of Parquet with an actor pool.
+) -> Summary:  # fmt: skip
+    """Embed into a folder of Parquet with an actor pool.
 
     Ray starts a lost actor again and gives it the batches it had, so a killed worker costs no row. The rows keep
-    their order.
+    their order: the files of the output in the order of their names.
 
     Args:
-        source: A file or folder that Ray Data reads, also a URL.
-        output: A folder that must not be there yet, also a URL.
+        source: What to read: a task for each file, so every machine must see them.
+        output: A folder that must not be there yet, also a URL for fsspec.
         bundle: Where every worker finds the bundle.
         fields: Which field is the text, and which are copied.
         options: Of the vectors.
         graph_precision: As for `m3e.Encoder`.
         workers: Actors.
-        threads: Of each actor; None for its share of this machine's.
+        threads: Of each actor; None for its share of the cluster's processors.
+
+    Returns:
+        What was done.
 
     Raises:
-        DependencyError: Ray is not installed.
-        InputError: The output is there already, or the input has no such column.
+        DependencyError: Ray, or what fsspec needs for a URL, is not installed.
+        InputError: The output is there already, or the input cannot be read.
     """
     try:
+        import pyarrow as pa
         import ray
+        import ray.data
     except ImportError as error:
         raise DependencyError('Ray is not installed: pip install "m3e-runtime[bulk,ray]"') from error
     if workers < 1:
         raise InputError(f"workers is {workers}, expected at least 1")
-    if "://" not in output and Path(output).exists():
+    if any(file.path == "-" for file in source.files):
+        raise InputError("a cluster cannot read this process's standard input; give a file, or use --engine local")
+    filesystem, folder = filesystem_of(output)
+    if filesystem.exists(folder):
         raise InputError(f"{output!r} exists; Ray writes into a new folder, choose another -o")
-    # Every option and the bundle are checked here, once, before a cluster is asked for anything.
-    vectors = VectorSource(Encoder(bundle, precision=graph_precision), options)
+    started = time.monotonic()
+    # Every option, the bundle and the first records are checked here, once, before a cluster is asked for anything.
+    encoder: dict[str, Any] = {"bundle": os.path.abspath(bundle), "precision": graph_precision}  # noqa: PTH100
+    vectors = VectorSource(Encoder(**encoder), options)
+    for window in windows(source.records(fields), 0):
+        window.check_usable()
+        break
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    rows = ray.data.read_parquet(source) if _is_parquet(source) else ray.data.read_json(source, lines=True)
-    names = rows.schema().names
-    missing = [name for name in fields.names if name not in names]
-    if missing:
-        raise InputError(f"the input has no column {', '.join(map(repr, missing))}, only {', '.join(map(repr, names))}")
-    per_actor = threads or max(1, vectors.encoder.num_threads // workers)
-    rows.select_columns(fields.names).map_batches(
+    threads = threads or _share(ray, workers)
+    schema = arrow_schema(fields, vectors.space)
+    schema = schema.remove(schema.get_field_index("row"))
+    read = pa.schema([(_TEXT, pa.string()), *(schema.field(name) for name in fields.kept)])
+    # The encoders may hold every processor of the cluster. Ray Data's own readers ask for one and would wait for it
+    # without end, so reading and writing ask for none; as many of them run at a time as there are encoders.
+    files = ray.data.from_items(list(range(len(source.files))), override_num_blocks=len(source.files))
+    records = files.map_batches(
+        read_file,
+        fn_kwargs={"source": source, "fields": fields, "schema": read, "output": filesystem.unstrip_protocol(folder)},
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+        num_cpus=0,
+    )
+    embedded = records.map_batches(
         EncodeBatches,
-        fn_constructor_args=(os.path.abspath(bundle), fields, options, graph_precision, per_actor),  # noqa: PTH100
+        fn_constructor_args=({**encoder, "num_threads": threads}, options, fields, schema),
         batch_format="pyarrow",
         batch_size=WINDOW_RECORDS,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=per_actor,
-    ).write_parquet(output)
-    if "://" not in output:
-        state = State(
-            space=vectors.space, job={"input": source, "columns": fields.kept, "engine": "ray"}, complete=True
-        )
-        state.save(Path(output))
-
-
-def _is_parquet(source: str) -> bool:
-    if "://" in source:
-        return not source.endswith((".json", ".jsonl"))
-    formats = {file.format for file in Input(source).files}
-    if formats == {"parquet"} or formats == {"jsonl"}:
-        return formats == {"parquet"}
-    raise InputError(
-        f"Ray reads Parquet or JSON lines here, {source!r} has {' and '.join(sorted(formats))}; use --engine local"
+        num_cpus=threads,
     )
+    embedded.write_parquet(folder, filesystem=filesystem, ray_remote_args={"num_cpus": 0}, concurrency=workers)
+    job = {"input": source.identity, "columns": fields.kept, "engine": "ray"}
+    state = _count(filesystem, folder, schema, State(space=vectors.space, job=job, complete=True))
+    filesystem.pipe_file(f"{folder}/{STATE_NAME}", state.to_bytes())
+    return Summary(state.rows, state.rows, state.rejected, state.truncated, time.monotonic() - started)
+
+
+def _share(ray: Any, workers: int) -> int:
+    """Processors for each worker: all of them take what the cluster has, and none more than a machine."""
+    machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min(sum(machines) // workers, max(machines))))
+
+
+def _count(filesystem: Any, folder: str, schema: Any, state: State) -> State:
+    """Fill a state in from what was written."""
+    import pyarrow.dataset
+
+    filesystem.invalidate_cache()  # other processes wrote
+    filesystem.makedirs(folder, exist_ok=True)  # nothing was, of an input without records
+    written = pyarrow.dataset.dataset(folder, schema, format="parquet", filesystem=filesystem)
+    state.rows = written.count_rows()
+    state.truncated = written.count_rows(filter=pyarrow.dataset.field("truncated"))
+    for path in filesystem.glob(f"{folder}/{_REJECTED}/*.jsonl"):
+        state.rejected += filesystem.cat_file(path).count(b"\n")
+    return state

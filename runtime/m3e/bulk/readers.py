@@ -99,15 +99,6 @@ def read_dataset(name: str, fields: Fields, file: int, skip: int) -> Iterator[Re
         yield fields.record(file, number, number, values)
 
 
-def import_parquet() -> Any:
-    """Give ``pyarrow.parquet``, or say how to get it."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DependencyError('pyarrow is not installed: pip install "m3e-runtime[bulk]"') from error
-    return pyarrow.parquet
-
-
 READERS: dict[str, Callable[[BinaryIO, Fields, int, int], Iterator[Record]]] = {
     "text": read_text,
     "jsonl": read_jsonl,
@@ -149,6 +140,15 @@ def _check_columns(fields: Fields, names: list[str]) -> None:
             f"the input has no column {', '.join(map(repr, missing))}, only {', '.join(map(repr, names))}; "
             "name the text's with --text-field"
         )
+
+
+def import_parquet() -> Any:
+    """Give ``pyarrow.parquet``, or say how to get it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DependencyError('pyarrow is not installed: pip install "m3e-runtime[bulk]"') from error
+    return pyarrow.parquet
 
 
 def _numbered(stream: BinaryIO, skip: int) -> Iterator[tuple[int, bytes | str]]:

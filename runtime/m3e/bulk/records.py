@@ -31,6 +31,11 @@ class Record(NamedTuple):
     kept: tuple[Any, ...] = ()
     problem: str = ""
 
+    def rejection(self, file_name: str) -> bytes:
+        """The line of the side file that lists it."""
+        line = {"file": file_name, "line": self.line, "problem": self.problem}
+        return (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
 
 class Fields:
     """Which fields of a record matter.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m3e.bulk.records import Record
+from m3e.errors import InputError
 
 WINDOW_RECORDS = 8192
 # Texts of 512 tokens have some 2,000 characters, so only outliers close a window early.
@@ -32,6 +33,19 @@ class Window:
     rejected: list[Record] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
     n_records: int = 0
+
+    def check_usable(self) -> None:
+        """Tell a job's first window that holds nothing to embed from one with some bad records.
+
+        Raises:
+            InputError: All of its records were rejected.
+        """
+        if self.rejected and not self.rows:
+            record = self.rejected[0]
+            raise InputError(
+                f"none of the first {len(self.rejected)} records can be used; line {record.line}: {record.problem}. "
+                "Name the text's field with --text-field, or the format with --input-format"
+            )
 
 
 def windows(records: Iterable[Record], first_row: int, max_records: int = WINDOW_RECORDS) -> Iterator[Window]:

@@ -63,26 +63,30 @@ def _run(parsed: argparse.Namespace) -> None:
     )
     bare = parsed.no_text or parsed.output.endswith(".npy")
     fields = Fields(parsed.text_field, tuple(parsed.keep) + (() if bare else (parsed.text_field,)))
+    source = Input(parsed.input, parsed.input_format)
     if parsed.engine == "ray":
         from m3e.bulk.on_ray import embed_on_ray
 
         if parsed.append:
             raise InputError("--append is not for --engine ray; choose another -o")
-        embed_on_ray(
-            parsed.input, parsed.output, parsed.bundle, fields, options,
+        summary = embed_on_ray(
+            source, parsed.output, parsed.bundle, fields, options,
             graph_precision=parsed.graph_precision, workers=parsed.workers, threads=parsed.threads,
         )  # fmt: skip
-        return
-    source = Input(parsed.input, parsed.input_format)
-    encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
-    summary = embed(
-        source,
-        Path(parsed.output),
-        VectorSource(encoder, options),
-        fields,
-        rows_per_part=parsed.rows_per_part,
-        append=parsed.append,
-    )
+    else:
+        if "://" in parsed.output:
+            raise InputError(
+                f"{parsed.output!r} is a URL, and --engine local writes files; choose a path, or --engine ray"
+            )
+        encoder = Encoder(parsed.bundle, precision=parsed.graph_precision, num_threads=parsed.threads)
+        summary = embed(
+            source,
+            Path(parsed.output),
+            VectorSource(encoder, options),
+            fields,
+            rows_per_part=parsed.rows_per_part,
+            append=parsed.append,
+        )
     speed = f", {summary.new_rows / summary.seconds:,.0f} rows/s" if summary.new_rows else ", nothing was left to do"
     sys.stdout.write(
         f"{parsed.output}: {summary.rows:,} vectors, {summary.truncated:,} of texts that were cut, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lancedb.embeddings import TextEmbeddingFunction, register
@@ -50,3 +51,27 @@ def open_embeddings(bundle: str) -> M3EEmbeddings:
     """Give the embedding function of a bundle, for a table's model."""
     function: M3EEmbeddings = M3EEmbeddings.create(bundle=str(bundle), space_id=Encoder(bundle).manifest.space_id)
     return function
+
+
+def open_table(database: Any, name: str, model: Any) -> Any:
+    """Make a table of a model, or check one that is there.
+
+    Args:
+        database: What ``lancedb.connect`` gave.
+        name: The table.
+        model: A ``LanceModel`` with fields of `open_embeddings`.
+
+    Returns:
+        LanceDB's table.
+
+    Raises:
+        InputError: The table holds vectors of another space, or does not say.
+    """
+    table = database.create_table(name, schema=model, exist_ok=True)
+    functions = json.loads((table.schema.metadata or {}).get(b"embedding_functions", b"[]"))
+    spaces = {function["vector_column"]: function["model"].get("space_id") for function in functions}
+    for column in model.parse_embedding_functions():
+        if isinstance(column.function, M3EEmbeddings):
+            stored = {SPACE_KEY: spaces.get(column.vector_column)}
+            check_space(stored, column.function._encoder, f"the table {name!r}")
+    return table

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from m3e.aio import INLINE_CHARACTERS, JobAwaiter
 from m3e.bundle import Bundle
+from m3e.calibration import load_calibration
 from m3e.errors import ClosedError, InputError
 from m3e.scheduler import Scheduler
 from m3e.server.settings import Settings
@@ -56,6 +57,7 @@ class Model:
         self.manifest = bundle.manifest
         self.dim = self.manifest.model.embedding_dim
         self.max_seq_length = self.manifest.model.max_seq_length
+        self.calibration = load_calibration(bundle.side_file(), self.manifest)
         self._tokenizer_json = bundle.read("tokenizer.json")
         self.tokenizer = Tokenizer(self._tokenizer_json, self.max_seq_length)
         self._awaiter = awaiter

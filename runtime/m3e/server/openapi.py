@@ -135,13 +135,17 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
     vocab = {"maximum": model.manifest.model.vocab_size - 1} if model is not None else {}
     row = {"type": "array", "items": {"type": "integer", "minimum": 0, **vocab}}
     rows = {"type": "array", "items": row, "minItems": 1, "maxItems": settings.max_client_batch_size}
+    may_be_calibrated = [True] if model is not None and model.calibration is not None else []
     similarity = _object(
         {
             "inputs": _object(
                 {"source_sentence": text, "sentences": {**texts, "maxItems": settings.max_client_batch_size - 1}},
                 ["source_sentence", "sentences"],
             ),
-            "parameters": {"type": ["object", "null"], "properties": truncation},
+            "parameters": {
+                "type": ["object", "null"],
+                "properties": {**truncation, "calibrated": {"enum": [*may_be_calibrated, False, None]}},
+            },
         },
         ["inputs"],
     )
@@ -190,7 +194,8 @@ def document(settings: Settings, names: list[str], model: Model | None) -> dict[
         },
         "/similarity": {
             "post": _post(
-                "Cosines of one sentence with others.", similarity, _VECTOR, _TEI_ERROR, tei=True, headers=_COUNTS
+                "Cosines of one sentence with others; calibrated: probabilities that they mean the same.",
+                similarity, _VECTOR, _TEI_ERROR, tei=True, headers=_COUNTS,
             )
         },
         "/info": {"get": _get("What is served, and its limits.", {"type": "object"}, _TEI_ERROR)},

@@ -16,6 +16,7 @@ from m3e.server.problems import Problem, retry_after
 from m3e.server.requests import Answer, Inputs, Request, parse_field, parse_inputs, parse_object
 from m3e.server.settings import Settings
 from m3e.tokenizer import TokenIds
+from m3e.vectors import similarity
 
 _DIRECTIONS = ("right", "Right")
 # Inputs for which the counts fit a header that every client reads.
@@ -107,7 +108,7 @@ class TEIRoutes:
         return Answer(orjson.dumps(texts))
 
     async def similarity(self, request: Request) -> Answer:
-        """POST /similarity: cosines of one sentence with others."""
+        """POST /similarity: cosines of one sentence with others, or what the bundle's calibration makes of them."""
         content, model = self._open(request)
         inputs = parse_field(content, "inputs", dict, None)
         if inputs is None:
@@ -117,6 +118,10 @@ class TEIRoutes:
         if not isinstance(inputs["source_sentence"], str) or not isinstance(inputs["sentences"], list):
             raise Problem("invalid_type", "source_sentence must be a string and sentences an array.", param="inputs")
         parameters = parse_field(content, "parameters", dict, {})
+        calibration = model.calibration if parse_field(parameters, "calibrated", bool, False) else None
+        if calibration is None and parameters.get("calibrated"):
+            raise Problem("unsupported_value", "This bundle is not calibrated; run m3e calibrate, then reload.",
+                          param="parameters.calibrated")  # fmt: skip
         texts = Inputs(texts=[*source.texts, *others.texts])
         if texts.n > self._settings.max_client_batch_size:
             limit = self._settings.max_client_batch_size
@@ -126,8 +131,11 @@ class TEIRoutes:
         request.n_texts = texts.n
         tokens = await self._tokenize(parameters, model, texts, request)
         vectors = await embedding.embed(model, self._models, tokens.input_ids, request, self._settings)
-        unit = embedding.finish(vectors, None)
-        body = orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
+        if calibration is None:
+            scores = similarity(vectors[0], vectors[1:])[0]
+        else:
+            scores = calibration(similarity(vectors[0], vectors[1:], calibration.similarity_fn_name)[0])
+        body = orjson.dumps(scores, option=orjson.OPT_SERIALIZE_NUMPY)
         return Answer(body, headers=_counts(tokens))
 
     async def info(self, request: Request) -> Answer:
