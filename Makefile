@@ -28,7 +28,7 @@ test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
 
 test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
-	$(BIN)/python -m pytest -q -m "not interop and not frameworks" --timeout 3000
+	$(BIN)/python -m pytest -q -m "not soak and not interop and not frameworks" --timeout 3000
 
 test-interop: .venv/dev ## Run the other tools of docs/interop.md, and optimum, in environments of their own (pip, npm)
 	$(BIN)/python -m pytest -q -m interop --timeout 1200
