@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -29,6 +30,8 @@ def in_child(function: Callable[..., R], *arguments: Any, timeout_s: float = 600
         Died: No result.
         Exception: What the function raised.
     """
+    # Harnesses multiply small matrices, where OpenBLAS' threads cost more than they bring.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
