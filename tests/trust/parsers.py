@@ -118,7 +118,7 @@ def _guided(python: Path, name: str, count: int) -> str:
             (corpus / str(i)).write_bytes(seed)
         roots = os.pathsep.join(str(ROOT / root) for root in ("runtime", "."))
         done = subprocess.run(
-            [str(python), "-m", "tests.trust.targets", name, f"-runs={count}", "-seed=1", "-max_len=20000",
+            [str(python), "-m", "tests.trust.guided", name, f"-runs={count}", "-seed=1", "-max_len=20000",
              "-timeout=60", f"-artifact_prefix={folder}/", str(corpus)],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": roots, BUNDLE_VARIABLE: str(tiny_bundle())},
             capture_output=True, text=True, check=False,
@@ -135,7 +135,7 @@ def _summary(found: list[str], count: int) -> str:
 FIGURES = (
     Figure(
         "A3", "readers that fail on mutated bytes: manifest, request, tokenizer", "0 of 10,000,000 each",
-        measure_mutations, quick=1000, long=50_000,
+        measure_mutations, quick=500, long=50_000,
     ),
     Figure("A3b", "the same, guided by coverage (atheris)", "0 of 10,000,000 each", measure_atheris, soak=10_000_000),
 )  # fmt: skip
