@@ -76,11 +76,13 @@ def table(record: dict[str, Any]) -> str:
     controls = [caught for each in record.values() for caught in each["caught"].values()]
     lines: list[str] = []
     for goal in GOALS:
-        if not lines or lines[-1] and goal.id.endswith("1") and len(goal.id) == 2:
-            lines += ["", f"{GROUPS[goal.id[0]]}"]
+        if goal.id[1:] == "1":
+            lines += ["", GROUPS[goal.id[0]]]
         lines.append(f"  {goal.id:<4} {goal.name}: {goal.goal}")
         if goal.id == "F7":
-            lines.append(f"       {'pass' if all(controls) else 'FAIL'}  controls caught {sum(controls)}/{len(controls)}")
+            lines.append(
+                f"       {'pass' if all(controls) else 'FAIL'}  controls caught {sum(controls)}/{len(controls)}"
+            )
         for figure in by_goal.get(goal.id, []):
             lines.append(_measured(figure, record.get(figure.id)))
         if goal.id not in by_goal and goal.id != "F7":

@@ -90,7 +90,7 @@ def test_a_text_cut_early_has_the_ids_of_the_whole(tokenizer: Tokenizer, minilm_
 
 
 def test_a_panic_of_tokenizers_is_an_error_of_ours(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    class PanicException(BaseException):  # noqa: N818 (pyo3's name)
+    class PanicException(BaseException):
         """As pyo3 raises it: no Exception."""
 
     class Panics:

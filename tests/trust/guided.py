@@ -1,4 +1,4 @@
-"""A target under atheris: ``python -m tests.trust.guided TARGET -runs=N CORPUS``, libFuzzer's options behind the name."""
+"""A target under atheris: ``python -m tests.trust.guided TARGET -runs=N CORPUS``, libFuzzer's options behind it."""
 
 from __future__ import annotations
 

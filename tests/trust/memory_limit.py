@@ -1,7 +1,7 @@
 """Too little memory: a right answer, or an error that says so; never a wrong vector or a hang.
 
-A child limits its own address space to so much more than it has, then opens a bundle and encodes. It prints its vectors'
-hash, or the error; the parent looks at that and at how it ended.
+A child limits its own address space to so much more than it has, then opens a bundle and encodes. It prints its
+vectors' hash, or the error; the parent looks at that and at how it ended.
 
 Two libraries end the process themselves when memory is short, and nothing in Python can hold them back. Rust's
 allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``: that outcome is counted apart. numpy's
@@ -11,7 +11,6 @@ process, whose loss it survives.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import signal
 import subprocess

@@ -73,7 +73,9 @@ class PublishedInt8(NumpySteps):
         ]  # fmt: skip
 
 
-def embed_float64(checkpoint: Checkpoint, make: Callable[[list[list[int]]], NumpySteps], batch: list[list[int]]) -> Array:
+def embed_float64(
+    checkpoint: Checkpoint, make: Callable[[list[list[int]]], NumpySteps], batch: list[list[int]]
+) -> Array:
     """Embed a batch with the steps that ``make`` gives for it: float64 (n, dim), in order."""
     order = sorted(range(len(batch)), key=lambda row: len(batch[row]))
     texts = [batch[row] for row in order]

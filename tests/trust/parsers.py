@@ -46,7 +46,8 @@ def seeds(name: str) -> list[bytes]:
         return [text.encode("utf-8", "surrogatepass")[:_LONGEST_SEED] for text in mutations(3, 200)]
     bodies: list[object] = [
         {"input": "今天天气真好"}, {"input": ["a", "b"], "model": "m", "encoding_format": "base64", "dimensions": 8},
-        {"input": [1, 2, 3]}, {"input": [[1], [2, 3]]}, {"input": []}, {"input": ""}, {"input": None}, [], {"inputs": 1},
+        {"input": [1, 2, 3]}, {"input": [[1], [2, 3]]}, {"input": []}, {"input": ""}, {"input": None}, [],
+        {"inputs": 1},
     ]  # fmt: skip
     return [json.dumps(body, ensure_ascii=i % 2 == 0).encode() for i, body in enumerate(bodies)]
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,12 @@ _TEXTS = ["", "短", "今天天气真好，我们去公园散步吧。", "How do
 def usage() -> dict[str, int]:
     """Resident bytes, descriptors and threads of this process."""
     gc.collect()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    process = Path("/proc/self")
+    resident = int((process / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {
         "bytes": resident,
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(list((process / "fd").iterdir())),
+        "threads": len(list((process / "task").iterdir())),
     }
 
 
@@ -143,7 +144,9 @@ def measure_threads(count: int) -> Outcome:
         return shared[: len(some)].copy()
 
     wrong = different(encoder.encode)
-    return Outcome(f"{wrong} of {count:,} calls", wrong == 0, {"a buffer that threads share": different(one_buffer) > 0})
+    return Outcome(
+        f"{wrong} of {count:,} calls", wrong == 0, {"a buffer that threads share": different(one_buffer) > 0}
+    )
 
 
 def fork_and_use(encoder: Encoder, use: str) -> str:
@@ -160,7 +163,7 @@ def fork_and_use(encoder: Encoder, use: str) -> str:
                 gc.collect()
                 code = 0
             elif use == "pickle":
-                copy = pickle.loads(pickle.dumps(encoder))  # noqa: S301 (made one line above)
+                copy = pickle.loads(pickle.dumps(encoder))
                 code = 0 if np.array_equal(copy.encode(_TEXTS), expected) else 1
             elif use == "hang":
                 time.sleep(3600)
