@@ -5,8 +5,7 @@ vectors' hash, or the error; the parent looks at that and at how it ended.
 
 Two libraries end the process themselves when memory is short, and nothing in Python can hold them back. Rust's
 allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``: that outcome is counted apart. numpy's
-OpenBLAS exits while numpy is imported, so the limit begins behind that. ``m3e serve`` tokenises and runs in a worker
-process, whose loss it survives.
+OpenBLAS exits while numpy is imported, so the limit begins behind that.
 """
 
 from __future__ import annotations
