@@ -40,7 +40,7 @@ def checkpoints(count: int) -> Iterator[tuple[str, Checkpoint]]:
 
 def _used(tensor: Float32Array) -> int:
     """A place that the texts read: the row of [SEP]."""
-    return min(3 * tensor.shape[-1], tensor.size - 1)
+    return min(3 * int(tensor.shape[-1]), int(tensor.size) - 1)
 
 
 def examine(run: Callable[[bytes], Float32Array], checkpoint: Checkpoint) -> str:
