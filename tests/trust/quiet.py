@@ -20,11 +20,12 @@ _PROGRAM = r"""
 import json, os, resource, sys
 sys.dont_write_bytecode = True
 bundle, mistake = sys.argv[1:]
-# Of https://docs.python.org/3/library/audit_events.html: network, processes, changes of the file system.
+# Of https://docs.python.org/3/library/audit_events.html: network, processes, changes of the file system. numpy sets an
+# environment variable while it is imported and takes it back; so the environment is compared as a whole.
 WATCHED = (
     "socket.", "ssl.", "urllib.", "http.", "ftplib.", "smtplib.", "subprocess.", "os.system", "os.exec", "os.fork",
     "os.posix_spawn", "os.spawn", "os.startfile", "pty.", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link",
-    "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.putenv", "os.unsetenv",
+    "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr",
     "shutil.", "tempfile.", "sqlite3.", "webbrowser.", "signal.",
 )
 events = []
