@@ -4,7 +4,7 @@ MODEL ?=
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: help demo test test-long test-interop test-frameworks check bench build clean gpu-check
+.PHONY: help demo test test-long test-soak test-interop test-frameworks check audit lock bench build clean gpu-check
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,7 +28,10 @@ test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
 
 test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
-	$(BIN)/python -m pytest -q -m "not interop and not frameworks" --timeout 3000
+	$(BIN)/python -m pytest -q -m "not soak and not interop and not frameworks" --timeout 3000
+
+test-soak: .venv/dev ## Run millions of cases, for hours, and record them (ARGS="A1 --count 100000" for less); see SECURITY.md
+	$(BIN)/python -m tests.scoreboard --run soak $(ARGS)
 
 test-interop: .venv/dev ## Run the other tools of docs/interop.md, and optimum, in environments of their own (pip, npm)
 	$(BIN)/python -m pytest -q -m interop --timeout 1200
@@ -37,11 +40,19 @@ test-frameworks: .venv/dev ## Run the tests of vector stores, frameworks, Ray, S
 	$(BIN)/pip install --quiet -e ".[dev,frameworks]"
 	$(BIN)/python -m pytest -q -m frameworks --timeout 1200
 
-check: .venv/dev ## Lint, format and types; figures in the README against their records
+check: .venv/dev ## Lint, format and types; figures in the README against their records; the audit where it can be had
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks readme --check
+	$(BIN)/python -m tests.trust.supply || [ $$? -eq 2 ]  # 2: no service could be asked, as it has just said
+
+audit: .venv/dev ## Hashes of the lock, an SBOM, known vulnerabilities; fails where no service can be asked
+	$(BIN)/python -m tests.trust.supply
+
+lock: .venv/dev ## Lock the newest versions of what the service needs, with hashes
+	$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --extra cpu --extra server --output-file deploy/requirements.lock pyproject.toml
 
 bench: .venv/dev ## Measure briefly: record, tables and page under .bench (all peers: python -m benchmarks --help)
 	$(BIN)/python -m benchmarks --quick

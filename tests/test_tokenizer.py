@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3e.errors import BundleError, InputError
+from m3e.errors import BundleError, InferenceError, InputError
 from m3e.tokenizer import Tokenizer
 from m3e_export.tokenizer import read_tokenizer
 from tests.datasets import stsb_sentences
@@ -87,6 +87,25 @@ def test_a_text_cut_early_has_the_ids_of_the_whole(tokenizer: Tokenizer, minilm_
     assert whole.n_tokens.tolist() == tokenizer.count([text]).tolist() == [40_002]
     assert tokens.input_ids[1] == whole.input_ids[0][:255] + whole.input_ids[0][-1:]
     assert 256 < tokens.n_tokens_full[1] < 300
+
+
+def test_a_panic_of_tokenizers_is_an_error_of_ours(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it: no Exception."""
+
+    class Panics:
+        def __init__(self, error: type[BaseException]) -> None:
+            self.error = error
+
+        def encode_batch_fast(self, texts: list[str]) -> None:
+            raise self.error("the global thread pool has not been initialized")
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panics(PanicException))
+    with pytest.raises(InferenceError, match="tokenizers failed on 1 texts: the global thread pool"):
+        tokenizer(["a"])
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panics(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer(["a"])
 
 
 def test_no_tokenizer() -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import tokenizers
 
 from m3e.cut import cutter
-from m3e.errors import BundleError, InputError
+from m3e.errors import BundleError, InferenceError, InputError
 
 # A bound on the Encoding objects alive at once (each keeps offsets and token strings, about 100 bytes a token).
 _CHUNK = 2048
@@ -65,6 +65,7 @@ class Tokenizer:
 
         Raises:
             InputError: A text is not valid Unicode (a lone surrogate).
+            InferenceError: The library tokenizers failed by itself.
         """
         input_ids: list[list[int]] = []
         n_tokens_full = np.empty(len(texts), dtype=np.int64)
@@ -124,6 +125,12 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             for i, text in enumerate(texts):
                 _check_unicode(text, first + i)
+            raise
+        except BaseException as error:
+            # A panic of tokenizers' Rust, such as no memory for its threads; its class is no Exception and has no name
+            # to import.
+            if type(error).__name__ == "PanicException":
+                raise InferenceError(f"tokenizers failed on {len(texts)} texts: {error}") from error
             raise
 
 
