@@ -18,6 +18,7 @@ from m3e.manifest import MANIFEST_NAME
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
+_OLDER = "-older"
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -49,7 +50,8 @@ def staged(target: Path, needed_bytes: int) -> Iterator[Path]:
     """Give a folder beside the target to write into; publish it under the target's name when the block ends well.
 
     When the block raises, the folder is removed and the target is as it was. A process that dies leaves a
-    ``.NAME.tmp-PID-...`` folder, which the next export of the same name removes.
+    ``.NAME.tmp-PID-...`` folder, which the next export of the same name removes; or puts back, if the process died
+    where the system cannot swap two names, between taking the older bundle away and putting the newer in its place.
 
     Args:
         target: The final name. Its parent is made if it is missing.
@@ -105,7 +107,10 @@ def _remove_leftovers(parent: Path, name: str) -> None:
     for path in parent.iterdir():  # no glob: the name may hold brackets
         pid = path.name.removeprefix(prefix).split("-")[0]
         if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name.endswith(_OLDER) and not (parent / name).exists():
+                path.rename(parent / name)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -138,7 +143,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
     elif _exchange(staging, target):
         shutil.rmtree(staging, ignore_errors=True)  # now the older bundle
     else:  # no exchange on this system: for a moment there is no target
-        older = staging.with_name(f"{staging.name}-older")
+        older = staging.with_name(f"{staging.name}{_OLDER}")
         target.rename(older)
         try:
             staging.rename(target)

@@ -98,7 +98,7 @@ def open_session(bundle: Bundle, graph: Graph, *, device: str, device_id: int, n
         DependencyError: onnxruntime, or its CUDA provider, is not installed.
         StartError: The provider did not load, or refuses the graph.
     """
-    data = bundle.read(graph.file)
+    data = bundle.read_graph(graph)
     if device == "cpu":
         return Session(data, num_threads=num_threads)
     packed = graph.target == "cuda"
@@ -147,7 +147,7 @@ class Engines:
 
     def _open(self, folder: Path, progress: Callable[[str], None]) -> TensorrtSession:
         return TensorrtSession(
-            self._bundle.read(self._graph.file),
+            self._bundle.read_graph(self._graph),
             self._bundle.manifest.model,
             device_id=self._device_id,
             memory_bytes=self._card.memory_bytes,
