@@ -17,7 +17,6 @@ from m3e.bundle import Bundle
 from m3e.manifest import File, Manifest
 
 
-
 def empty_graph(name: str) -> bytes:
     output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 64])
     graph = helper.make_graph([], name, [], [output])

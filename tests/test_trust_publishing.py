@@ -49,9 +49,7 @@ def test_a_fault_at_every_file_operation(
     tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str, case: str
 ) -> None:
     before = None if case == "no bundle before" else older
-    n, failures = at_every_operation(
-        before, newer, tmp_path / "work", fault=fault, exchange="no exchange" not in case
-    )
+    n, failures = at_every_operation(before, newer, tmp_path / "work", fault=fault, exchange="no exchange" not in case)
     assert failures == []
     assert n > 20
 
@@ -82,9 +80,7 @@ def publish_often(files: dict[str, bytes], target: Path, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(300, marks=pytest.mark.long)])
-def test_exporters_at_once_do_not_mix(
-    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n: int
-) -> None:
+def test_exporters_at_once_do_not_mix(tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n: int) -> None:
     """A reader beside them sees one bundle or the other, or is refused; never files of both."""
     target = tmp_path / "work" / "bundle"
     for name, data in older.items():

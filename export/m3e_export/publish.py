@@ -35,7 +35,11 @@ def check_target(target: Path, force: bool) -> None:
         return
     if target.is_symlink() or not target.is_dir():
         raise ExportError(f"{str(target)!r} exists and is no folder; choose another -o")
-    if any(target.iterdir()):
+    try:
+        is_empty = not any(target.iterdir())
+    except OSError as error:
+        raise ExportError(f"{str(target)!r} cannot be read: {error}; choose another -o") from error
+    if not is_empty:
         if not _is_bundle(target):
             raise ExportError(
                 f"{str(target)!r} holds other files than a bundle's and is never replaced; remove it yourself, or "
