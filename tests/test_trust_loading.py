@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from m3e import BundleError, Encoder
+from m3e import BundleError, CheckpointError, Encoder
 from m3e.bundle import Bundle
+from m3e_export.pipeline import convert
 from tests.trust import flips, hostile
 
 
@@ -74,3 +77,45 @@ def test_the_graphs_of_the_exporter_pass(gpu_bundle: Path) -> None:
     bundle = Bundle(gpu_bundle)
     for graph in bundle.manifest.graphs:
         assert bundle.read_graph(graph) == bundle.read(graph.file)
+
+
+_opened_files: list[str] | None = None
+
+
+def _record(event: str, arguments: tuple[object, ...]) -> None:
+    if _opened_files is not None and event in ("open", "os.listdir", "os.scandir", "subprocess.Popen", "os.system"):
+        _opened_files.append(str(arguments[0]))
+
+
+@pytest.fixture
+def touched() -> Iterator[list[str]]:
+    """Files that Python opens, folders that it lists and programs that it starts."""
+    global _opened_files
+    if _opened_files is None:
+        sys.addaudithook(_record)
+    _opened_files = []
+    yield _opened_files
+    _opened_files = None
+
+
+@pytest.mark.parametrize("name", hostile.CHECKPOINTS)
+def test_a_hostile_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path, touched: list[str], name: str) -> None:
+    folder, outside = tmp_path / "case" / "m3e-tiny", tmp_path / "outside"
+    shutil.copytree(tiny_checkpoint, folder)
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    change, message = hostile.CHECKPOINTS[name]
+    change(folder, outside / "secret")
+    touched.clear()
+    with pytest.raises(CheckpointError, match=message):
+        convert(str(folder), tmp_path / "bundle")
+    assert not [path for path in touched if path.startswith(str(outside)) or path.startswith("/etc")]
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert not list(tmp_path.rglob("canary"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_opened_outside_is_recorded(tmp_path: Path, touched: list[str]) -> None:
+    (tmp_path / "secret").touch()
+    (tmp_path / "secret").read_bytes()
+    assert str(tmp_path / "secret") in touched

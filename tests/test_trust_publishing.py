@@ -27,7 +27,7 @@ from tests.trust.kills import (
 def bundle_of(tiny_bundle: Path, word: bytes) -> dict[str, bytes]:
     """A small bundle that says one word in every file, so that files of two of them would not go together."""
     names = ["config.json", "onnx/model.onnx", "tokenizer.json", "1_Pooling/config.json"]
-    files = {name: word * 100 for name in names}
+    files = dict.fromkeys(names, word * 100)
     manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
     listed = {name: File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     return files | {"manifest.json": dataclasses.replace(manifest, files=listed).to_bytes()}

@@ -8,13 +8,14 @@ nothing nests without end. What is in no table is refused: files beside the grap
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 from m3e.errors import BundleError
 from m3e.manifest import Graph
 
-# The largest graphs of the exporter, 24 layers in standard operators, have about 20 000 fields.
-_MAX_FIELDS = 200_000
+# Far above any encoder's graph, and read in a second.
+_MAX_FIELDS = 100_000
 _DOMAINS = ("", "com.microsoft")
 # Opens a file or a compiled engine that the graph names.
 _REFUSED_OPS = ("com.microsoft::EPContext",)
@@ -65,7 +66,7 @@ _REFUSED = {
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _WIRE = {"int": _VARINT, "float": _FIXED32}
 
-Message = dict[str, list[Any]]
+Message = defaultdict[str, list[Any]]
 
 
 def check_graph(data: bytes, graph: Graph) -> None:
@@ -103,7 +104,7 @@ class _Reader:
     def read(self, data: memoryview, kind: str) -> Message:
         """Read a message of `_FIELDS`: lists of values by name, bytes as views."""
         fields = _PARSED[kind]
-        message: Message = {name: [] for name, _, _ in fields.values()}
+        message: Message = defaultdict(list)
         position = 0
         while position < len(data):
             self._count()

@@ -35,7 +35,7 @@ def flip(folder: Path, n_positions: int, *, load: Load = verify, seed: int = 0) 
     Returns:
         A line for each damage that was not refused, or refused without the file's name.
     """
-    survivors, rng = [], random.Random(seed)  # noqa: S311 (no secret)
+    survivors, rng = [], random.Random(seed)
     for path, position in _positions(folder, n_positions, rng):
         with path.open("r+b") as file:
             file.seek(position)
@@ -51,7 +51,7 @@ def flip(folder: Path, n_positions: int, *, load: Load = verify, seed: int = 0) 
 
 def truncate(folder: Path, n_points: int, *, load: Load = verify, seed: int = 0) -> list[str]:
     """Cut one file at a time off at some point; otherwise as `flip`."""
-    survivors, rng = [], random.Random(seed)  # noqa: S311 (no secret)
+    survivors, rng = [], random.Random(seed)
     for path, position in _positions(folder, n_points, rng):
         data = path.read_bytes()
         os.truncate(path, position)
