@@ -59,7 +59,7 @@ def test_an_exporter_that_writes_in_place_is_caught(
     tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str
 ) -> None:
     n, failures = at_every_operation(older, newer, tmp_path / "work", fault=fault, publisher=publish_in_place)
-    assert len(failures) > n // 2
+    assert len(failures) > n // 4  # the others are errors while it removes the older bundle, which it ignores
     assert "neither the older nor the newer" in failures[-1] or "not the older one" in failures[-1]
 
 
@@ -76,7 +76,8 @@ def publish_often(files: dict[str, bytes], target: Path, n: int) -> None:
         try:
             publish_files(files, target)
         except ExportError as error:  # another exporter came between
-            assert "nothing was published" in str(error), error
+            if "nothing was published" not in str(error):
+                raise
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(300, marks=pytest.mark.long)])

@@ -76,7 +76,8 @@ def _check_links(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
             raise CheckpointError(
-                f"{str(path)!r} is a link to {str(path.resolve())!r}, outside of the checkpoint; put the file itself there"
+                f"{str(path)!r} is a link to {str(path.resolve())!r}, outside of the checkpoint; "
+                "put the file itself there"
             )
 
 

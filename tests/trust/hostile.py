@@ -215,16 +215,15 @@ def _weights(header: bytes) -> Callable[[Path, Path], object]:
 
 
 def _tokenizer(vocab: dict[str, int], **parts: object) -> Callable[[Path, Path], object]:
-    content = {"version": "1.0", "added_tokens": [], "model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocab,
-               "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}, **parts}  # fmt: skip
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocab, "continuing_subword_prefix": "##"}
+    content = {"version": "1.0", "added_tokens": [], "model": model | {"max_input_chars_per_word": 100}, **parts}
     return _json("tokenizer.json", json.dumps(content))
 
 
 def _modules(*paths: str) -> Callable[[Path, Path], object]:
     kinds = ["Transformer", "Pooling", "Dense"]
-    return _json("modules.json", json.dumps(
-        [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in zip(paths, kinds, strict=False)]
-    ))  # fmt: skip
+    entries = [{"path": path, "type": f"models.{kind}"} for path, kind in zip(paths, kinds, strict=False)]
+    return _json("modules.json", json.dumps(entries))
 
 
 _NO_TABLE = '{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,%s]}}'
