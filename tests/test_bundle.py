@@ -20,7 +20,8 @@ from m3e.manifest import File, Manifest
 def empty_graph(name: str) -> bytes:
     output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 64])
     graph = helper.make_graph([], name, [], [output])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 # Graphs that nobody runs; of one size, so that only their hashes tell them apart.

@@ -51,8 +51,8 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Shape": {1: "dim Dimension *"},
     "Dimension": {1: "dim_value int", 2: "dim_param bytes", 3: "denotation bytes"},
 }  # fmt: skip
-_PARSED = {
-    message: {number: (*field.split()[:2], field.endswith("*")) for number, field in fields.items()}
+_PARSED: dict[str, dict[int, tuple[str, str, bool]]] = {
+    message: {number: (field.split()[0], field.split()[1], field.endswith("*")) for number, field in fields.items()}
     for message, fields in _FIELDS.items()
 }
 # For the message alone; what else is unknown is refused by its number.

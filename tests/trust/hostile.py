@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -47,7 +48,7 @@ def _subgraph(depth: int) -> onnx.GraphProto:
     return helper.make_graph(inner, "g", [], [output])
 
 
-def _add(op_type: str, domain: str = "", **attributes: object) -> Callable[[onnx.ModelProto], None]:
+def _add(op_type: str, domain: str = "", **attributes: Any) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         model.graph.node.append(helper.make_node(op_type, ["input_ids"], ["evil"], domain=domain, **attributes))
 
