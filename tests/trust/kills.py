@@ -205,7 +205,7 @@ def _publish_with_fault(
 
     swap = publish._exchange
 
-    def failing_sync(_: object) -> None:
+    def failing_sync(fd: object) -> None:
         strike("wrapped")  # and no more: what a process has written outlives its kill without
 
     def failing_swap(a: Path, b: Path) -> bool:
