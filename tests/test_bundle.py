@@ -10,19 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
 from m3e import BundleError, Encoder
 from m3e.bundle import Bundle
 from m3e.manifest import File, Manifest
 
-# Graphs that nobody opens; of one size, so that only their hashes tell them apart.
-GRAPHS = {"fp32": b"one graph", "int8": b"two graph"}
+
+def empty_graph(name: str) -> bytes:
+    output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 64])
+    graph = helper.make_graph([], name, [], [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+# Graphs that nobody runs; of one size, so that only their hashes tell them apart.
+GRAPHS = {"fp32": empty_graph("one"), "int8": empty_graph("two")}
 NAMES = ["config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "onnx/fp32.onnx", "onnx/int8.onnx"]
 
 
 @pytest.fixture
 def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle of its own for every test, with two graphs of a few bytes."""
+    """A bundle of its own for every test, with two graphs of few bytes."""
     target = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, target, ignore=shutil.ignore_patterns("*.onnx"))
     for precision, data in GRAPHS.items():

@@ -9,6 +9,7 @@ in `ARCHITECTURES`; `walk` and everything behind it see BERT's names only.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def _check_values(values: Mapping[str, Any]) -> list[str]:
             if value not in ACTIVATIONS:
                 problems.append(f"{name} is {value!r}, built here are {', '.join(ACTIVATIONS)}; {OPTIMUM}")
         elif name == "layer_norm_eps":
-            if type(value) is not float or value <= 0:
+            if type(value) is not float or not 0 < value < math.inf:
                 problems.append(f"{name} is {value!r}, expected a positive float")
         elif name in _TABLES or (name == "padding_position" and value is not None):
             if type(value) is not int or value < 0:

@@ -186,9 +186,12 @@ def _read_entries(folder: Path) -> list[tuple[str, str]]:
         return []
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(module["type"].rsplit(".", 1)[-1], module["path"]) for module in modules]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        entries = [(module["type"].rsplit(".", 1)[-1], str(module["path"])) for module in modules]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} is no list of modules: {error!r}") from error
+    for _, place in entries:
+        if Path(place).is_absolute() or ".." in Path(place).parts:
+            raise CheckpointError(f"{str(path)!r} names the folder {place!r}, expected one of the checkpoint's own")
     order = [kind for kind, _ in entries]
     if order[:2] != ["Transformer", "Pooling"] or not set(order[2:]) <= {"Dense", "Normalize", "Dropout"}:
         reason = next((_OTHERS[kind] for kind in order if kind in _OTHERS), None)
@@ -228,7 +231,7 @@ def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
             mode = [name for key, name in LEGACY_KEYS.items() if config.get(key)] or ["mean"]
         modes = (mode,) if isinstance(mode, str) else tuple(mode)
         include_prompt = config.get("include_prompt", True)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     if not modes or not set(modes) <= set(LEGACY_KEYS.values()):
         raise CheckpointError(

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import tokenizers
 
+from m3e.bundle import Bundle
 from m3e.encoder import Encoder, TruncationWarning
 from m3e.errors import ExportError
 from m3e.manifest import (
@@ -148,9 +149,11 @@ def convert(
         write(folder / MANIFEST_NAME, manifest.to_bytes())
         manifest = _certify(manifest, loaded, folder, pairs, accept_accuracy, report)
         write(folder / MANIFEST_NAME, manifest.to_bytes())
-        for graph in graphs:
+        for graph in graphs:  # the last look is the user's first
             if graph.target == "cpu":
-                Encoder(folder, precision=graph.file)  # the last look is the user's first
+                Encoder(folder, precision=graph.file)
+            else:
+                Bundle(folder).read_graph(graph)
         report(f"publishing {target}")
     return manifest
 

@@ -18,6 +18,7 @@ from m3e.manifest import MANIFEST_NAME
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
+_OLDER = "-older"
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -34,7 +35,11 @@ def check_target(target: Path, force: bool) -> None:
         return
     if target.is_symlink() or not target.is_dir():
         raise ExportError(f"{str(target)!r} exists and is no folder; choose another -o")
-    if any(target.iterdir()):
+    try:
+        is_empty = not any(target.iterdir())
+    except OSError as error:
+        raise ExportError(f"{str(target)!r} cannot be read: {error}; choose another -o") from error
+    if not is_empty:
         if not _is_bundle(target):
             raise ExportError(
                 f"{str(target)!r} holds other files than a bundle's and is never replaced; remove it yourself, or "
@@ -49,7 +54,8 @@ def staged(target: Path, needed_bytes: int) -> Iterator[Path]:
     """Give a folder beside the target to write into; publish it under the target's name when the block ends well.
 
     When the block raises, the folder is removed and the target is as it was. A process that dies leaves a
-    ``.NAME.tmp-PID-...`` folder, which the next export of the same name removes.
+    ``.NAME.tmp-PID-...`` folder, which the next export of the same name removes; or puts back, if the process died
+    where the system cannot swap two names, between taking the older bundle away and putting the newer in its place.
 
     Args:
         target: The final name. Its parent is made if it is missing.
@@ -105,7 +111,10 @@ def _remove_leftovers(parent: Path, name: str) -> None:
     for path in parent.iterdir():  # no glob: the name may hold brackets
         pid = path.name.removeprefix(prefix).split("-")[0]
         if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name.endswith(_OLDER) and not (parent / name).exists():
+                path.rename(parent / name)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -138,7 +147,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
     elif _exchange(staging, target):
         shutil.rmtree(staging, ignore_errors=True)  # now the older bundle
     else:  # no exchange on this system: for a moment there is no target
-        older = staging.with_name(f"{staging.name}-older")
+        older = staging.with_name(f"{staging.name}{_OLDER}")
         target.rename(older)
         try:
             staging.rename(target)

@@ -1,6 +1,6 @@
 """A folder or a hub id -> a local folder that holds the checkpoint.
 
-Folders are only read, and may hold symlinks, as the hubs' own caches do.
+Folders are only read, and may hold symlinks into a folder ``blobs`` beside them, as the hubs' own caches do.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> LocalCheck
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: No such folder, not on the hub, or the hub cannot be reached.
+        CheckpointError: No such folder, one with links out of it, not on the hub, or the hub cannot be reached.
         DependencyError: A hub id without huggingface-hub installed.
     """
     folder = Path(checkpoint)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{checkpoint!r} is a folder and has no revisions; leave out --revision {revision}")
+        _check_links(folder)
         return LocalCheckpoint(folder, folder.resolve().name, None)
     hub_id = checkpoint.removeprefix(MODELSCOPE)
     if not _HUB_ID.fullmatch(hub_id):
@@ -66,6 +67,18 @@ def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> LocalCheck
     if checkpoint != hub_id:
         return _download_from_modelscope(hub_id, revision)
     return _download(checkpoint, revision)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to files that are not the checkpoint's: what they hold would be copied into the bundle."""
+    own = folder.resolve()
+    roots = (own, own.parent / "blobs", own.parent.parent / "blobs")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{str(path)!r} is a link to {str(path.resolve())!r}, outside of the checkpoint; "
+                "put the file itself there"
+            )
 
 
 def _download(repo_id: str, revision: str | None) -> LocalCheckpoint:

@@ -43,8 +43,10 @@ def find_weights(folder: Path) -> list[Path]:
         elif index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{str(index)!r} is no index of weight files: {error!r}") from error
+            if strange := [name for name in names if name != Path(name).name]:
+                raise CheckpointError(f"{str(index)!r} names {strange[0]!r}, expected a file beside it")
         if names:
             break
     if not names:

@@ -106,7 +106,7 @@ def open_session(
         DependencyError: onnxruntime, or its CUDA provider, is not installed.
         StartError: The provider did not load, or refuses the graph.
     """
-    data = bundle.read(graph.file)
+    data = bundle.read_graph(graph)
     if device == "cpu":
         beside = runs_side_by_side(len(data), bundle.manifest.model, num_threads, max_memory_mb)
         return Session(data, num_threads=num_threads, side_by_side=beside)
@@ -156,7 +156,7 @@ class Engines:
 
     def _open(self, folder: Path, progress: Callable[[str], None]) -> TensorrtSession:
         return TensorrtSession(
-            self._bundle.read(self._graph.file),
+            self._bundle.read_graph(self._graph),
             self._bundle.manifest.model,
             device_id=self._device_id,
             memory_bytes=self._card.memory_bytes,

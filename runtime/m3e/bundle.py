@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 from m3e.errors import BundleError
+from m3e.graph_check import check_graph
 from m3e.manifest import MANIFEST_NAME, File, Graph, Manifest
 
 # The one file that may come later: what this bundle's similarities mean, learnt on its owner's pairs. It decides no
@@ -90,6 +91,20 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{str(self.folder)!r} has no {name} among its manifest's files; {_REPAIR}")
         return self._read(name, self.manifest.files[name])
+
+    def read_graph(self, graph: Graph) -> bytes:
+        """Read a graph, and refuse what onnxruntime should not see.
+
+        Returns:
+            The ONNX file.
+
+        Raises:
+            BundleError: As `read`; or the graph is not what the manifest says, or holds more than operators and their
+                weights.
+        """
+        data = self.read(graph.file)
+        check_graph(data, graph)
+        return data
 
     def side_file(self) -> bytes | None:
         """Read ``similarity.json``; None where the bundle has none. Its reader checks the hash that it carries.

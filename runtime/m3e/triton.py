@@ -85,7 +85,7 @@ def write_repository(
             raise InputError(f"{str(folder / part)!r} is there already; choose another --name or remove it")
     model = bundle.manifest.model
     files: dict[Path, bytes] = {
-        Path(names["graph"], "1", "model.onnx"): bundle.read(graph.file),
+        Path(names["graph"], "1", "model.onnx"): bundle.read_graph(graph),
         Path(names["graph"], "config.pbtxt"): _graph(
             names["graph"], model.embedding_dim, max_batch_size, device
         ).encode(),

@@ -32,7 +32,7 @@ def _run(parsed: argparse.Namespace) -> None:
         if graph.target != "cpu":
             sys.stdout.write(f"{graph.file}: for {graph.target}, checked when it is opened there\n")
             continue
-        session = Session(bundle.read(graph.file), num_threads=available_threads())
+        session = Session(bundle.read_graph(graph), num_threads=available_threads())
         difference = check_canary(bundle.manifest, graph, tokenizer, session)
         sys.stdout.write(
             f"{graph.file}: golden texts differ by {difference:.1e} here (allowed {graph.canary_tolerance:.0e})\n"

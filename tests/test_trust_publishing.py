@@ -1,0 +1,110 @@
+"""A bundle's publishing, killed and failed wherever it touches the disk: the older bundle is there, or the newer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from m3e import ExportError
+from m3e.bundle import Bundle
+from m3e.errors import BundleError
+from m3e.manifest import File, Manifest
+from tests.trust.kills import (
+    FAULTS,
+    at_every_operation,
+    at_random_moments,
+    contents,
+    publish_files,
+    publish_in_place,
+    write_file,
+)
+
+
+def bundle_of(tiny_bundle: Path, word: bytes) -> dict[str, bytes]:
+    """A small bundle that says one word in every file, so that files of two of them would not go together."""
+    names = ["config.json", "onnx/model.onnx", "tokenizer.json", "1_Pooling/config.json"]
+    files = dict.fromkeys(names, word * 100)
+    manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
+    listed = {name: File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    return files | {"manifest.json": dataclasses.replace(manifest, files=listed).to_bytes()}
+
+
+@pytest.fixture
+def older(tiny_bundle: Path) -> dict[str, bytes]:
+    return bundle_of(tiny_bundle, b"older")
+
+
+@pytest.fixture
+def newer(tiny_bundle: Path) -> dict[str, bytes]:
+    return bundle_of(tiny_bundle, b"newer")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", ["no bundle before", "older bundle", "older bundle, no exchange"])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_a_fault_at_every_file_operation(
+    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str, case: str, step: int
+) -> None:
+    before = None if case == "no bundle before" else older
+    n, failures = at_every_operation(
+        before, newer, tmp_path / "work", fault=fault, exchange="no exchange" not in case, step=step
+    )
+    assert failures == []
+    assert n * step > 20
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_exporter_that_writes_in_place_is_caught(
+    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str
+) -> None:
+    n, failures = at_every_operation(older, newer, tmp_path / "work", fault=fault, step=2, publisher=publish_in_place)
+    assert len(failures) > n // 4  # the others are errors while it removes the older bundle, which it ignores
+    assert "neither the older nor the newer" in failures[-1] or "not the older one" in failures[-1]
+
+
+@pytest.mark.parametrize("n_kills", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_kills_at_random_moments(
+    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n_kills: int
+) -> None:
+    assert at_random_moments(older, newer, tmp_path / "work", n_kills) == []
+    assert at_random_moments(older, newer, tmp_path / "work", 10, publisher=publish_in_place)  # the control
+
+
+def publish_often(files: dict[str, bytes], target: Path, n: int) -> None:
+    for _ in range(n):
+        try:
+            publish_files(files, target)
+        except ExportError as error:  # another exporter came between
+            if "nothing was published" not in str(error):
+                raise
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(300, marks=pytest.mark.long)])
+def test_exporters_at_once_do_not_mix(tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n: int) -> None:
+    """A reader beside them sees one bundle or the other, or is refused; never files of both."""
+    target = tmp_path / "work" / "bundle"
+    for name, data in older.items():
+        write_file(target / name, data)
+    context = multiprocessing.get_context("fork")
+    exporters = [context.Process(target=publish_often, args=(files, target, n)) for files in (older, newer) * 2]
+    for process in exporters:
+        process.start()
+    seen = 0
+    while any(process.is_alive() for process in exporters):
+        try:
+            bundle = Bundle(target)
+            read = {name: bundle.read(name) for name in bundle.manifest.files}
+        except BundleError:
+            continue
+        seen += 1
+        assert any(read.items() <= files.items() for files in (older, newer))
+    for process in exporters:
+        process.join()
+        assert process.exitcode == 0
+    assert seen
+    assert list(target.parent.iterdir()) == [target]
+    assert contents(target) in (older, newer)

@@ -1,0 +1,303 @@
+"""Bundles whose manifest is right about graphs that are wrong; checkpoints that are after more than a conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from m3e.manifest import File, Graph, Manifest
+from tests.trust.kills import write_file
+
+CONTRIB = "com.microsoft"
+
+
+def field(number: int, payload: bytes) -> bytes:
+    """A field of bytes in protobuf's wire format."""
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def varint(value: int) -> bytes:
+    """A number in protobuf's wire format."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _external(model: onnx.ModelProto, location: str, **more: str) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **more}.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def _subgraph(depth: int) -> onnx.GraphProto:
+    output = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    inner = [helper.make_node("If", ["c"], ["x"], then_branch=_subgraph(depth - 1))] if depth else []
+    return helper.make_graph(inner, "g", [], [output])
+
+
+def _add(op_type: str, domain: str = "", **attributes: Any) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node.append(helper.make_node(op_type, ["input_ids"], ["evil"], domain=domain, **attributes))
+
+    return change
+
+
+def _constant(tensor: onnx.TensorProto) -> Callable[[onnx.ModelProto], None]:
+    return _add("Constant", value=tensor)
+
+
+def _tensor(**fields: object) -> Callable[[onnx.ModelProto], None]:
+    """Change fields of the first initializer, such as ``dims`` or ``data_type``."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = model.graph.initializer[0]
+        for name, value in fields.items():
+            if isinstance(value, list):
+                tensor.ClearField(name)
+                getattr(tensor, name).extend(value)
+            else:
+                setattr(tensor, name, value)
+
+    return change
+
+
+def _function(model: onnx.ModelProto) -> None:
+    call = helper.make_node("F", [], [], domain=CONTRIB)  # calls itself
+    model.functions.append(helper.make_function(CONTRIB, "F", [], [], [call], model.opset_import))
+
+
+def _sparse(model: onnx.ModelProto) -> None:
+    model.graph.sparse_initializer.add(dims=[1])
+
+
+def _training(model: onnx.ModelProto) -> None:
+    model.training_info.add()
+
+
+def _metadata(model: onnx.ModelProto) -> None:
+    helper.set_model_props(model, {"ort_config": '{"session_options": {}}'})
+
+
+def _external_constant() -> onnx.TensorProto:
+    tensor = TensorProto(name="t", data_type=1, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    return tensor
+
+
+# A change of the parsed model, or of its bytes; and a word of the refusal.
+GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None] | Callable[[bytes], bytes], str]] = {
+    "external file above": (lambda m: _external(m, "../secret"), "external_data|data_location"),
+    "external file, absolute": (lambda m: _external(m, "/etc/passwd"), "external_data|data_location"),
+    "external file beside": (lambda m: _external(m, "vocab.txt", offset="0", length="4"), "external_data"),
+    "external, a folder and back": (lambda m: _external(m, "a/../../secret"), "external_data"),
+    "external, of the process": (lambda m: _external(m, "/proc/self/environ"), "external_data"),
+    "external, enormous": (lambda m: _external(m, "vocab.txt", length=str(2**60)), "external_data"),
+    "external, negative": (lambda m: _external(m, "vocab.txt", offset="-1"), "external_data"),
+    "address in memory": (
+        lambda m: _external(m, "*/_ORT_MEM_ADDR_/*", offset="4096", length="1024"), "external_data"),
+    "data_location alone": (_tensor(data_location=1), "data_location"),
+    "external constant": (_constant(_external_constant()), "external_data"),
+    "sparse initializer": (_sparse, "sparse_initializer"),
+    "sparse attribute": (_add("Constant", sparse_value=onnx.SparseTensorProto(dims=[1])), "sparse_tensor"),
+    "compiled engine": (_add("EPContext", CONTRIB, ep_cache_context="../engine", embed_mode=0), "EPContext"),
+    "custom domain": (_add("Evil", "com.evil"), "com.evil"),
+    "domain of classical models": (_add("ArrayFeatureExtractor", "ai.onnx.ml"), "ai.onnx.ml"),
+    "domain by another name": (_add("Identity", "ai.onnx"), "ai.onnx"),
+    "domain imported alone": (lambda m: m.opset_import.add(domain="com.evil", version=1), "com.evil"),
+    "operator that is not listed": (_add("Sin"), "the operator Sin is not allowed"),
+    "If": (_add("If", then_branch=_subgraph(0)), "subgraph"),
+    "Loop": (_add("Loop", body=_subgraph(0)), "subgraph"),
+    "Scan": (_add("Scan", body=_subgraph(0)), "subgraph"),
+    "subgraphs, 20 deep": (_add("If", then_branch=_subgraph(20)), "subgraph"),
+    "list of subgraphs": (_add("If", branches=[_subgraph(0)]), "subgraph"),
+    "function that calls itself": (_function, "functions"),
+    "training": (_training, "training_info"),
+    "options for the session": (_metadata, "metadata_props"),
+    "shape too large": (_tensor(dims=[2**40, 2**40]), "claims the shape"),
+    "shape that overflows to the right size": (_tensor(dims=[2**32, 2**32, 2**32]), "claims the shape"),
+    "negative size": (_tensor(dims=[-1, 64]), "claims the shape"),
+    "nothing of something negative": (_tensor(dims=[0, -1], raw_data=b""), "claims the shape"),
+    "shape of a hundred sizes": (_tensor(dims=[1] * 100), "claims the shape"),
+    "values missing": (_tensor(raw_data=b""), "claims the shape"),
+    "values in another field": (_tensor(float_data=[1.0]), "float_data"),
+    "strings": (_tensor(data_type=8), "data type 8"),
+    "no data type": (lambda m: m.graph.initializer[0].ClearField("data_type"), "no data_type"),
+    "other outputs": (lambda m: m.graph.output.add(name="more"), "its outputs are"),
+    "other opset": (lambda m: setattr(m.opset_import[0], "version", 99), "manifest says opset"),
+    "other IR version": (lambda m: setattr(m, "ir_version", 99), "its IR version is 99"),
+    "a million empty nodes": (lambda data: data + field(7, field(1, b"") * 1_000_000), "Model.graph is there twice"),
+    "a million empty nodes, alone": (lambda data: field(7, field(1, b"") * 1_000_000), "more than 100000 fields"),
+    "a million sizes": (
+        lambda data: field(7, field(5, field(1, b"\1" * 1_000_000))), "more than 100000 fields"),
+    "type in type": (lambda data: field(7, field(11, field(2, field(4, b"")))), "Type has an unknown field 4"),
+    "group": (lambda data: b"\x0b" * 10_000, "Model.ir_version has wire type|wire type 3"),
+    "length behind the end": (lambda data: data[:-1], "ends behind|ends within"),
+    "length of 2^63": (lambda data: b"\x3a" + varint(2**63) + data, "ends behind"),
+    "number without end": (lambda data: b"\xff" * 100, "longer than 64 bits"),
+    "field zero": (lambda data: data + b"\0\0", "unknown field 0"),
+    "empty": (lambda data: b"", "operator sets are"),
+    "pickle": (lambda data: b"cposix\nsystem\n(S'touch canary'\ntR.", "unknown field|wire type"),
+}  # fmt: skip
+
+
+def _json(name: str, content: str) -> Callable[[Path, Path], object]:
+    return lambda folder, secret: write_file(folder / name, content.replace("SECRET", str(secret)).encode())
+
+
+def _config(**fields: object) -> Callable[[Path, Path], object]:
+    def change(folder: Path, secret: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def _linked(name: str) -> Callable[[Path, Path], object]:
+    def change(folder: Path, secret: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+
+    return change
+
+
+class _Touch:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def _pickled(zipped: bool) -> Callable[[Path, Path], object]:
+    def change(folder: Path, secret: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        payload = {"weight": _Touch(secret.with_name("canary"))}
+        torch.save(payload, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+    return change
+
+
+def _zip_slip(folder: Path, secret: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as file:
+        file.writestr("../canary", "slipped")
+        file.writestr("archive/data.pkl", b"cposix\nsystem\n(S'touch canary'\ntR.")
+
+
+def _indexed(place: str) -> Callable[[Path, Path], object]:
+    def change(folder: Path, secret: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        content = {"weight_map": {"a": place.replace("SECRET", str(secret))}}
+        write_file(folder / "model.safetensors.index.json", json.dumps(content).encode())
+
+    return change
+
+
+def _weights(header: bytes) -> Callable[[Path, Path], object]:
+    def change(folder: Path, secret: Path) -> None:
+        write_file(folder / "model.safetensors", len(header).to_bytes(8, "little") + header)
+
+    return change
+
+
+def _tokenizer(vocab: dict[str, int], **parts: object) -> Callable[[Path, Path], object]:
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocab, "continuing_subword_prefix": "##"}
+    content = {"version": "1.0", "added_tokens": [], "model": model | {"max_input_chars_per_word": 100}, **parts}
+    return _json("tokenizer.json", json.dumps(content))
+
+
+def _modules(*paths: str) -> Callable[[Path, Path], object]:
+    kinds = ["Transformer", "Pooling", "Dense"]
+    entries = [{"path": path, "type": f"models.{kind}"} for path, kind in zip(paths, kinds, strict=False)]
+    return _json("modules.json", json.dumps(entries))
+
+
+_NO_TABLE = '{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,%s]}}'
+
+# A change of a checkpoint's folder, given a file outside of it that is nobody's business; and a word of the refusal.
+CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "pickle, zip": (_pickled(True), "cannot be read as a PyTorch state dict"),
+    "pickle, legacy": (_pickled(False), "cannot be read as a PyTorch state dict"),
+    "zip slip": (_zip_slip, "cannot be read as a PyTorch state dict"),
+    "code of its own": (_config(auto_map={"AutoModel": "evil.Model"}), "needs code of its own"),
+    "module of its own": (_json("modules.json", '[{"path": "", "type": "evil.Evil"}]'), "has the modules Evil"),
+    "encoder above": (_modules("..", "1_Pooling"), "names the folder"),
+    "pooling above": (_modules("", "../secret"), "names the folder"),
+    "pooling, absolute": (_modules("", "/etc"), "names the folder"),
+    "dense, there and back": (_modules("", "1_Pooling", "1_Pooling/../../x"), "names the folder"),
+    "weights above": (_indexed("../secret"), "expected a file beside it"),
+    "weights, absolute": (_indexed("SECRET"), "expected a file beside it"),
+    "link: vocabulary": (_linked("vocab.txt"), "outside of the checkpoint"),
+    "link: config": (_linked("config.json"), "outside of the checkpoint"),
+    "link: weights": (_linked("model.safetensors"), "outside of the checkpoint"),
+    "link: tokens": (_linked("special_tokens_map.json"), "outside of the checkpoint"),
+    "link: nobody reads it": (_linked("notes.txt"), "outside of the checkpoint"),
+    "deep JSON": (_json("config.json", "[" * 100_000), "cannot be read as JSON"),
+    "deep modules": (_json("modules.json", "[" * 100_000), "is no list of modules"),
+    "deep pooling": (_json("1_Pooling/config.json", "[" * 100_000), "cannot be read"),
+    "list for an object": (_json("config.json", "[]"), "expected a JSON object"),
+    "enormous number": (_json("config.json", '{"model_type": 1' + "0" * 5000 + "}"), "cannot be read as JSON"),
+    "NaN for a size": (_config(hidden_size=float("nan")), "hidden_size is nan"),
+    "negative size": (_config(hidden_size=-64), "hidden_size is -64"),
+    "no layers": (_config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a table of 2^60": (_config(vocab_size=2**60), "word_embeddings.weight has shape"),
+    "NaN epsilon": (_config(layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
+    "infinite epsilon": (_config(layer_norm_eps=float("inf")), "layer_norm_eps is inf"),
+    "header of 2^63": (lambda f, s: write_file(f / "model.safetensors", b"\xff" * 64), "as safetensors"),
+    "header that is cut": (_weights(b'{"a":'), "as safetensors"),
+    "tensor behind the end": (_weights((_NO_TABLE % ("1000", "4000")).encode()), "as safetensors"),
+    "shape that overflows": (_weights((_NO_TABLE % (f"{2**62},4", "0")).encode()), "as safetensors"),
+    "id of 2^31": (_tokenizer({"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
+    "id of 2^64": (_tokenizer({"[UNK]": 2**64}), "cannot be read as a tokenizer"),
+    "regular expression that is broken": (
+        _tokenizer({"[UNK]": 0}, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("},
+                                                "behavior": "Isolated", "invert": False}), "as a tokenizer"),
+    "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "as a tokenizer"),
+    "deep tokenizer": (_json("tokenizer.json", "[" * 100_000), "as a tokenizer"),
+}  # fmt: skip
+
+
+def replace_graph(folder: Path, change: Callable[..., object]) -> None:
+    """Change the first graph of a bundle and seal the manifest: names, sizes and hashes agree."""
+    graph = read_manifest(folder).graphs[0]
+    data = (folder / graph.file).read_bytes()
+    if change.__code__.co_varnames[:1] == ("data",):
+        changed = change(data)
+        assert isinstance(changed, bytes)
+    else:
+        model = onnx.load_from_string(data)
+        change(model)
+        changed = model.SerializeToString()
+    (folder / graph.file).write_bytes(changed)
+    seal(folder, graph)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle."""
+    return Manifest.from_bytes((folder / "manifest.json").read_bytes())
+
+
+def seal(folder: Path, graph: Graph) -> None:
+    """Write the manifest that is right about a file, and that lists the operators a hostile one would list."""
+    manifest, data = read_manifest(folder), (folder / graph.file).read_bytes()
+    entry = File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    listed = dataclasses.replace(graph, ops=(*graph.ops, "If", "Loop", "Scan", "Constant", f"{CONTRIB}::EPContext"))
+    sealed = dataclasses.replace(
+        manifest, files={**manifest.files, graph.file: entry}, graphs=(listed, *manifest.graphs[1:])
+    )
+    (folder / "manifest.json").write_bytes(sealed.to_bytes())
