@@ -17,7 +17,7 @@ from tests.trust.models import tiny_bundle
 _TIMEOUT_S = 300
 
 _PROGRAM = r"""
-import json, os, resource, sys
+import json, os, resource, signal, sys
 sys.dont_write_bytecode = True
 bundle, mistake = sys.argv[1:]
 # Of https://docs.python.org/3/library/audit_events.html: network, processes, changes of the file system. numpy sets an
@@ -40,6 +40,7 @@ def hook(event, arguments):
         events.append(f"{event} {arguments}"[:200])
 
 sys.addaudithook(hook)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and a native write would only fail
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 environment = dict(os.environ)
 from m3e import Encoder
