@@ -38,7 +38,7 @@ ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WORTH_A_MULTIPLICATION, _WORTH_A_WIDE_MULTIPLICATION = 0.8, 0.45
 # What spreading rounding errors leaves of their variance.
 _ROUNDING_GAIN = 0.4
-# Texts that calibration never saw reach beyond its extremes; steps that are a little larger keep their worst cosines up.
+# Texts that calibration never saw reach beyond its extremes; larger steps keep their worst cosines up.
 WIDENING = 1.15
 # Ridge of the least-squares fit, relative to the mean diagonal: few texts must not bend the weights far. With 0.01 the
 # loss on texts that calibration had not seen was four times as large on one of two trained models.

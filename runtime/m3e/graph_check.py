@@ -2,7 +2,8 @@
 
 A strict reader of protobuf's wire format (protobuf.dev/programming-guides/encoding) for the messages of onnx.proto.
 Each message has a table of the fields that a graph of the exporter may have; no table leads back to an earlier one, so
-nothing nests without end. What is in no table is refused: files beside the graph, subgraphs, functions, training.
+nothing nests without end: an If has branches, a branch has none. What is in no table is refused: files beside the
+graph, deeper subgraphs, functions, training.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _FIELDS: dict[str, dict[int, str]] = {
         6: "doc_string bytes", 7: "domain bytes", 9: "metadata_props bytes *",
     },
     "Attribute": {
-        1: "name bytes", 2: "f float", 3: "i int", 4: "s bytes", 5: "t Tensor", 7: "floats float *", 8: "ints int *",
-        9: "strings bytes *", 13: "doc_string bytes", 20: "type int",
+        1: "name bytes", 2: "f float", 3: "i int", 4: "s bytes", 5: "t Tensor", 6: "g Branch", 7: "floats float *",
+        8: "ints int *", 9: "strings bytes *", 13: "doc_string bytes", 20: "type int",
     },
     "Tensor": {
         1: "dims int *", 2: "data_type int", 8: "name bytes", 9: "raw_data bytes", 12: "doc_string bytes",
@@ -51,6 +52,10 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Shape": {1: "dim Dimension *"},
     "Dimension": {1: "dim_value int", 2: "dim_param bytes", 3: "denotation bytes"},
 }  # fmt: skip
+# A branch of an If: a graph whose nodes have no branches of their own.
+_FIELDS["Branch"] = _FIELDS["Graph"] | {1: "node BranchNode *"}
+_FIELDS["BranchNode"] = _FIELDS["Node"] | {5: "attribute BranchAttribute *"}
+_FIELDS["BranchAttribute"] = {number: field for number, field in _FIELDS["Attribute"].items() if number != 6}
 _PARSED: dict[str, dict[int, tuple[str, str, bool]]] = {
     message: {number: (field.split()[0], field.split()[1], field.endswith("*")) for number, field in fields.items()}
     for message, fields in _FIELDS.items()
@@ -58,9 +63,10 @@ _PARSED: dict[str, dict[int, tuple[str, str, bool]]] = {
 # For the message alone; what else is unknown is refused by its number.
 _REFUSED = {
     ("Model", 14): "metadata_props", ("Model", 20): "training_info", ("Model", 25): "functions",
-    ("Graph", 15): "sparse_initializer", ("Attribute", 6): "a subgraph", ("Attribute", 11): "subgraphs",
-    ("Attribute", 10): "tensors", ("Attribute", 21): "ref_attr_name", ("Attribute", 22): "sparse_tensor",
-    ("Attribute", 23): "sparse_tensors", ("Tensor", 4): "float_data", ("Tensor", 5): "int32_data",
+    ("Graph", 15): "sparse_initializer", ("BranchAttribute", 6): "a subgraph in a subgraph",
+    ("Attribute", 11): "subgraphs", ("Attribute", 10): "tensors", ("Attribute", 21): "ref_attr_name",
+    ("Attribute", 22): "sparse_tensor", ("Attribute", 23): "sparse_tensors", ("Tensor", 4): "float_data",
+    ("Tensor", 5): "int32_data",
     ("Tensor", 6): "string_data", ("Tensor", 7): "int64_data", ("Tensor", 13): "external_data",
 }  # fmt: skip
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -84,10 +90,7 @@ def check_graph(data: bytes, graph: Graph) -> None:
     try:
         model = _Reader().read(memoryview(data), "Model")
         _check_model(model, graph)
-        for tensor in _one(model, "graph")["initializer"]:
-            _check_tensor(tensor)
-        for node in _one(model, "graph")["node"]:
-            _check_node(node, graph.ops)
+        _check_nodes(_one(model, "graph"), graph.ops)
     except ValueError as error:  # UnicodeDecodeError is one
         raise BundleError(
             f"{graph.file} is refused before it is opened: {error}. It was not written by this exporter; convert the "
@@ -184,6 +187,14 @@ def _check_model(model: Message, graph: Graph) -> None:
         raise ValueError(f"its outputs are {outputs}, the manifest says {graph.outputs}")
 
 
+def _check_nodes(graph: Message, ops: tuple[str, ...]) -> None:
+    """Check a graph's weights and operators, or a branch's."""
+    for tensor in graph["initializer"]:
+        _check_tensor(tensor)
+    for node in graph["node"]:
+        _check_node(node, ops)
+
+
 def _check_node(node: Message, ops: tuple[str, ...]) -> None:
     domain, op_type = _text(node, "domain"), _text(node, "op_type")
     if domain not in _DOMAINS:
@@ -194,6 +205,10 @@ def _check_node(node: Message, ops: tuple[str, ...]) -> None:
     for attribute in node["attribute"]:
         for tensor in attribute["t"]:
             _check_tensor(tensor)
+        if attribute["g"] and op != "If":
+            raise ValueError(f"the operator {op} has a subgraph")
+        for branch in attribute["g"]:
+            _check_nodes(branch, ops)
 
 
 def _check_tensor(tensor: Message) -> None:

@@ -48,6 +48,12 @@ def _subgraph(depth: int) -> onnx.GraphProto:
     return helper.make_graph(inner, "g", [], [output])
 
 
+def _branch(op_type: str, domain: str = "", **attributes: Any) -> onnx.GraphProto:
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    node = helper.make_node(op_type, ["input_ids"], ["y"], domain=domain, **attributes)
+    return helper.make_graph([node], "branch", [], [output])
+
+
 def _add(op_type: str, domain: str = "", **attributes: Any) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         model.graph.node.append(helper.make_node(op_type, ["input_ids"], ["evil"], domain=domain, **attributes))
@@ -118,7 +124,11 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None] | Callable[[bytes], by
     "domain by another name": (_add("Identity", "ai.onnx"), "ai.onnx"),
     "domain imported alone": (lambda m: m.opset_import.add(domain="com.evil", version=1), "com.evil"),
     "operator that is not listed": (_add("Sin"), "the operator Sin is not allowed"),
-    "If": (_add("If", then_branch=_subgraph(0)), "subgraph"),
+    "engine in a branch": (_add("If", then_branch=_branch("EPContext", CONTRIB)), "EPContext is not allowed"),
+    "custom domain in a branch": (_add("If", else_branch=_branch("Evil", "com.evil")), "com.evil"),
+    "external file in a branch": (_add("If", then_branch=_branch("Constant", value=_external_constant())),
+                                  "external_data"),
+    "another operator with a branch": (_add("Identity", body=_branch("Identity")), "Identity has a subgraph"),
     "Loop": (_add("Loop", body=_subgraph(0)), "subgraph"),
     "Scan": (_add("Scan", body=_subgraph(0)), "subgraph"),
     "subgraphs, 20 deep": (_add("If", then_branch=_subgraph(20)), "subgraph"),
