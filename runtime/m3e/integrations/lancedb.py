@@ -67,7 +67,10 @@ def open_table(database: Any, name: str, model: Any) -> Any:
     Raises:
         InputError: The table holds vectors of another space, or does not say.
     """
-    table = database.create_table(name, schema=model, exist_ok=True)
+    try:
+        table = database.open_table(name)
+    except (ValueError, FileNotFoundError):  # LanceDB's ways to say that there is none
+        table = database.create_table(name, schema=model)
     functions = json.loads((table.schema.metadata or {}).get(b"embedding_functions", b"[]"))
     spaces = {function["vector_column"]: function["model"].get("space_id") for function in functions}
     for column in model.parse_embedding_functions():
