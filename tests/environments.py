@@ -17,10 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "environments"
-# What does not work with transformers 5, in one environment: PyTorch is most of it, in the build that the calling
-# environment has.
+# The build that the calling environment has, from the index that its pip is set to.
+TORCH = f"torch=={metadata.version('torch').split('+')[0]}"
+# What does not work with transformers 5, in one environment: PyTorch is most of it.
 TRANSFORMERS_4 = (
-    f"torch=={metadata.version('torch').split('+')[0]}", "transformers==4.57.6", "sentence-transformers==5.7.0",
+    TORCH, "transformers==4.57.6", "sentence-transformers==5.7.0",
     "optimum-onnx[onnxruntime]==0.1.0", "uniem==0.3.3", "accelerate==0.21.0", "datasets==2.21.0",
 )  # fmt: skip
 

@@ -62,7 +62,7 @@ def _run(model: bytes) -> Float32Array:
 def _run_unchecked(model: bytes) -> Float32Array:
     """The mistake: what comes out goes on."""
     session = Session(model, num_threads=1)
-    vectors: Float32Array = session._session.run(["sentence_embedding"], session._feed(_IDS))[0]
+    vectors: Float32Array = session._alone.run(["sentence_embedding"], session._feed(_IDS))[0]
     return vectors
 
 
