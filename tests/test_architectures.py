@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ def load(kind: str, pooling: list[str], head: str = "", *, include_prompt: bool 
     folder = Path(tempfile.mkdtemp()) / "checkpoint"
     folder.mkdir()
     for file in encoder_folder(kind).iterdir():
-        (folder / file.name).symlink_to(file)
+        os.link(file, folder / file.name)
     if pooling[0] in UNIEM:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").unlink()

@@ -93,7 +93,7 @@ def resident():
 Encoder(sys.argv[1], num_threads=1).encode("a")  # what the libraries take once
 before = resident()
 encoder = Encoder(sys.argv[2], num_threads=2, max_memory_mb=int(sys.argv[3]))
-encoder.encode(["好" * n for n in range(1, 511)] * 2)
+encoder.encode(["好" * n for n in range(10, 511, 25)] * 2)
 print(encoder.batches_at_once, resident() - before)
 """
 

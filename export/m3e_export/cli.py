@@ -127,10 +127,12 @@ def _run_pull(parsed: argparse.Namespace) -> None:
 def _require_packages() -> None:
     try:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
         import safetensors  # noqa: F401
     except ImportError as error:
         raise DependencyError(f'converting needs {error.name}: pip install "m3e-runtime[cpu,export]"') from error
+    from m3e.session import import_onnxruntime
+
+    import_onnxruntime()
 
 
 def _default_precisions(parsed: argparse.Namespace) -> list[str]:

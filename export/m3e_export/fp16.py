@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import helper
 
+from m3e.session import import_onnxruntime
 from m3e_export.builder import GraphBuilder
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.pooling_graph import PoolingNodes
@@ -176,6 +176,7 @@ def _measure(
         model.graph.node.append(helper.make_node("ReduceMax", [f"abs_{i}"], [f"peak_{i}"], keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(f"peak_{i}", FLOAT, []))
         names.append(f"peak_{i}")
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

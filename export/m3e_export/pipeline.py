@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import tokenizers
 
 from m3e.bundle import Bundle
@@ -29,6 +28,7 @@ from m3e.manifest import (
     encode_array,
 )
 from m3e.plan import plan_sorted
+from m3e.session import import_onnxruntime
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export import optimum_frontend
@@ -178,7 +178,9 @@ def _describe(checkpoint: Checkpoint, folder: Path, graphs: Sequence[Graph]) -> 
     zeros = encode_array(np.zeros((2, checkpoint.embedding_dim), dtype=np.float32))
     return Manifest(
         format_version=FORMAT_VERSION,
-        created_with={module.__name__: str(module.__version__) for module in (onnx, onnxruntime, tokenizers, np)},
+        created_with={
+            module.__name__: str(module.__version__) for module in (onnx, import_onnxruntime(), tokenizers, np)
+        },
         model=Model(
             architecture=config.architecture,
             embedding_dim=checkpoint.embedding_dim,

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
 from m3e.cpu import available_threads
 from m3e.errors import CheckpointError
 from m3e.feeds import Feeds, pad
 from m3e.progress import progress_bar
+from m3e.session import import_onnxruntime
 from m3e.vectors import normalize as unit_rows
 from m3e_export.builder import CONTRIB, GraphBuilder
 from m3e_export.calibrate import Float32Array, Int8Site, fit_site
@@ -159,6 +159,7 @@ class _Run:
         )
         opsets = [helper.make_opsetid("", self._model.opset_import[0].version), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version)
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._num_threads

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from m3e.errors import InferenceError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -21,12 +23,21 @@ def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 1) -> I
         function: What to apply; it should spend its time outside Python's interpreter lock.
         items: Taken one by one, in the caller's thread.
         threads: How many items are worked on at once.
+
+    Raises:
+        InferenceError: The system starts no more threads.
     """
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                try:
+                    pending.append(pool.submit(function, item))
+                except RuntimeError as error:
+                    raise InferenceError(
+                        f"no thread could be started ({error}); allow this process more memory or threads, or take "
+                        "num_threads=1"
+                    ) from error
                 if len(pending) > threads:
                     yield pending.popleft().result()
             while pending:

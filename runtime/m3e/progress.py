@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from typing import Any
 
 
@@ -14,7 +16,17 @@ def progress_bar(total: int, unit: str, show: bool | None = None) -> Any:
         unit: What is counted, in the singular.
         show: True or False; None shows it on a terminal, and only when the work takes longer than a second.
     """
+    shown = sys.stderr.isatty() if show is None else show
+    return _bar()(total=total, unit=unit, disable=not shown, delay=0 if show else 1, leave=show is True)
+
+
+@functools.cache
+def _bar() -> Any:
+    """A tqdm that threads share. Its own lock is one between processes too, for which it writes a semaphore file."""
     from tqdm import tqdm
 
-    shown = sys.stderr.isatty() if show is None else show
-    return tqdm(total=total, unit=unit, disable=not shown, delay=0 if show else 1, leave=show is True)
+    class Bar(tqdm):  # type: ignore[type-arg]
+        pass
+
+    Bar.set_lock(threading.RLock())
+    return Bar

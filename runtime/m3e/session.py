@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from m3e.feeds import Feeds, pad
 from m3e.plan import MAX_BATCH_TOKENS, attention_length, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
+
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 class Session:
@@ -151,16 +154,29 @@ def _return_freed_memory() -> None:
 
 
 def import_onnxruntime() -> Any:
-    """Import onnxruntime, or say what to install.
+    """Import onnxruntime with its telemetry off, or say what to install.
+
+    Since 1.29 its official builds write events about sessions into a database of the user's and send them to its maker,
+    unless ``ORT_DISABLE_TELEMETRY`` is set when it loads (onnxruntime's Privacy.md). Whoever has set that variable, to
+    whatever, has decided; whoever loaded onnxruntime before us at least sends nothing about our sessions.
 
     Raises:
         DependencyError: It is not installed.
     """
+    undecided = _NO_TELEMETRY not in os.environ
+    if undecided:
+        os.environ[_NO_TELEMETRY] = "1"
     try:
         import onnxruntime
+
+        if undecided:
+            onnxruntime.disable_telemetry_events()
     except ImportError as error:
         raise DependencyError(
             "onnxruntime is not installed; install one of: "
             'pip install "m3e-runtime[cpu]" or pip install "m3e-runtime[gpu]"'
         ) from error
+    finally:
+        if undecided:
+            del os.environ[_NO_TELEMETRY]
     return onnxruntime
