@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -133,3 +134,22 @@ def test_the_readmes_python_runs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.checkout
 def test_the_version_is_in_the_changelog() -> None:
     assert f"## {m3e.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime keeps its events elsewhere is not known here")
+def test_onnxruntime_tells_nobody(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Its telemetry begins with a database in the user's cache. The control shows that it would, were it not for us."""
+    quiet = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    written = {}
+    for name, program in (
+        ("ours", "import os, sys; from m3e import Encoder; Encoder(sys.argv[1]).encode(['a', 'b']); "
+                 "assert 'ORT_DISABLE_TELEMETRY' not in os.environ"),
+        ("control", "import onnxruntime; onnxruntime.SessionOptions(); onnxruntime.get_available_providers()"),
+    ):  # fmt: skip
+        home = tmp_path / name
+        home.mkdir()
+        environment = quiet | {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+        subprocess.run([sys.executable, "-c", program, str(tiny_bundle)], env=environment, check=True)
+        written[name] = [path.name for path in home.rglob("*")]
+    assert not written["ours"]
+    assert "onnxruntime.db" in written["control"], written
