@@ -338,10 +338,10 @@ def test_working_ahead_keeps_order_takes_little_and_stops() -> None:
 
     results = ahead(lambda k: k * k, items(), threads=2)
     assert next(results) == 0
-    assert len(taken) <= 3
+    assert len(taken) <= 9
     assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) < 12
+    assert len(taken) < 18
     with pytest.raises(ZeroDivisionError):
         list(ahead(lambda k: 1 // (k - 3), range(10)))
     with warnings.catch_warnings():

@@ -9,6 +9,9 @@ from typing import TypeVar
 
 from m3e.errors import InferenceError
 
+# With 1 instead of 4, a thread often waits for the results before its own.
+_AHEAD = 4
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -16,8 +19,9 @@ R = TypeVar("R")
 def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 1) -> Iterator[R]:
     """Apply a function in threads of its own and yield the results in order.
 
-    At most ``threads`` + 1 items are taken before their results are asked for. When the caller stops early, or the
-    function raises, what has begun is waited for and the rest is never begun.
+    At most four times ``threads`` + 1 items are taken before their results are asked for: while one takes long, the
+    other threads go on. When the caller stops early, or the function raises, what has begun is waited for and the rest
+    is never begun.
 
     Args:
         function: What to apply; it should spend its time outside Python's interpreter lock.
@@ -38,7 +42,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 1) -> I
                         f"no thread could be started ({error}); allow this process more memory or threads, or take "
                         "num_threads=1"
                     ) from error
-                if len(pending) > threads:
+                if len(pending) > _AHEAD * threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

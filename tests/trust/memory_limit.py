@@ -103,6 +103,6 @@ def measure(count: int) -> Outcome:
 FIGURES = (
     Figure(
         "D6", "limits of memory with another outcome than a right answer, a clean error or tokenizers' own abort", "0",
-        measure, quick=6, long=150,
+        measure, quick=4, long=150,
     ),
 )  # fmt: skip
