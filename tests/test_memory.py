@@ -54,6 +54,17 @@ def test_a_vector_does_not_depend_on_threads(tiny_bundle: Path, tiny_encoder: En
     )
 
 
+def test_long_texts_attend_alike_alone_and_in_any_batch(tiny_encoder: Encoder) -> None:
+    """Around the length from which there is no mask; other tools pad, and get the masked kernel's rounding."""
+    texts = ["好" * n for n in (*range(55, 75), 200, 200, 510)]
+    together = tiny_encoder.encode(texts)
+    np.testing.assert_array_equal(together, [tiny_encoder.encode(text) for text in texts])
+    session = tiny_encoder._running.session
+    assert isinstance(session, Session)
+    padded = session.run(tiny_encoder.tokenize_batch(texts).input_ids, 512)
+    np.testing.assert_allclose(padded, together, atol=2e-6)
+
+
 def test_a_bound_decides_whether_the_weights_are_opened_twice(tiny_encoder: Encoder) -> None:
     model = tiny_encoder.manifest.model
     small, large = 30 << 20, 300 << 20

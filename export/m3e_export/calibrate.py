@@ -33,7 +33,7 @@ Float32Array = npt.NDArray[np.float32]
 Streams = tuple[Float32Array, Float32Array]  # exact and quantised, (T, width) each
 
 # 0, no smoothing, comes first: the others cost a multiplication of the input at run time, and are worth it where they
-# leave this share of the noise. An input that is wider than the output costs the most and gains the least speed.
+# leave this share of the noise. A wide input, that of the feed-forward block's second layer, costs the most.
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WORTH_A_MULTIPLICATION, _WORTH_A_WIDE_MULTIPLICATION = 0.8, 0.45
 # What spreading rounding errors leaves of their variance.
