@@ -61,9 +61,8 @@ def test_a_fault_at_every_file_operation(
 def test_an_exporter_that_writes_in_place_is_caught(
     tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str
 ) -> None:
-    n, failures = at_every_operation(older, newer, tmp_path / "work", fault=fault, step=2, publisher=publish_in_place)
-    # Many are no failures: errors while it removes the older bundle, which it ignores.
-    assert len(failures) >= n // 4
+    n, failures = at_every_operation(older, newer, tmp_path / "work", fault=fault, step=1, publisher=publish_in_place)
+    assert len(failures) > n // 4  # the others are errors while it removes the older bundle, which it ignores
     assert "neither the older nor the newer" in failures[-1] or "not the older one" in failures[-1]
 
 
