@@ -27,11 +27,12 @@ from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e_export import modules
 from m3e_export.builder import RECTANGLE, GraphBuilder
-from m3e_export.calibrate import Int8Site, calibrate
+from m3e_export.calibrate import calibrate
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.encoder_math import FARTHEST, FUNCTIONS, bias_by_distance
+from m3e_export.fit import Int8Site
 from m3e_export.graph import build_graph
-from m3e_export.int8 import Int8Weights, quantize_rows
+from m3e_export.int8 import Int8Steps, quantize_rows
 from m3e_export.pipeline import convert
 from m3e_export.pooling_graph import append_function
 from m3e_export.quantize import calibration_ids
@@ -121,8 +122,8 @@ def sites(kind: str) -> dict[str, Int8Site]:
 
 def embedder(kind: str, checkpoint: Checkpoint, precision: str) -> Callable[..., Array]:
     """What `Encoder.encode` does, on a graph that is in no bundle."""
-    weights = Int8Weights(checkpoint, sites(kind)) if precision == "int8" else None
-    session = Session(build_graph(checkpoint, weights).SerializeToString(), num_threads=1)
+    int8 = functools.partial(Int8Steps, sites=sites(kind), signed=True) if precision == "int8" else None
+    session = Session(build_graph(checkpoint, int8).SerializeToString(), num_threads=1)
     tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
 
     def embed(texts: list[str], prompt_length: int = 0) -> Array:

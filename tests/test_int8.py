@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from m3e.cpu import cpu_features
 from m3e.plan import attention_length
 from m3e.session import Session
 from m3e_export import certify, quantize
-from m3e_export.calibrate import Int8Site, fit_site, round_weights
+from m3e_export.calibrate import calibrate
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.encoder_math import attention
+from m3e_export.fit import Int8Site, centre_attention, fit_attention, fit_site, round_weights
 from m3e_export.graph import build_graph
-from m3e_export.int8 import Int8Weights, fold_divisors, quantize_rows
+from m3e_export.graph_tensorrt import fold_divisors
+from m3e_export.int8 import Int8Steps, quantize_rows
 from m3e_export.pipeline import convert
 from m3e_export.sources import fetch_checkpoint
 
@@ -40,6 +44,16 @@ def encoder(bundle: Path) -> Encoder:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return load_checkpoint(fetch_checkpoint(str(tiny_checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def sites(checkpoint: Checkpoint) -> dict[str, Int8Site]:
+    return quantize.quantize(checkpoint, max_level=127 if "vnni" in HERE else 63)
+
+
+def build_int8(checkpoint: Checkpoint, sites: dict[str, Int8Site], **options: bool) -> onnx.ModelProto:
+    steps = functools.partial(Int8Steps, sites=sites, signed="vnni" in HERE)
+    return build_graph(checkpoint, steps, **options)
 
 
 def unit(vectors: Array) -> Array:
@@ -89,10 +103,9 @@ def test_auto_takes_int8_and_the_manifest_says_what_was_chosen(bundle: Path) -> 
     assert not graph.certificate.accepted
 
 
-def test_the_graph_computes_what_calibration_computed(checkpoint: Checkpoint) -> None:
+def test_the_graph_computes_what_calibration_computed(checkpoint: Checkpoint, sites: dict[str, Int8Site]) -> None:
     """One linear layer: the session's output against numpy's arithmetic on the same levels."""
-    sites = quantize.quantize(checkpoint, max_level=127 if "vnni" in HERE else 63)
-    model = build_graph(checkpoint, Int8Weights(checkpoint, sites))
+    model = build_int8(checkpoint, sites)
     node = next(node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat")
     source = next(other for other in model.graph.node if node.input[0] in other.output)
     before = source.input[0]
@@ -104,16 +117,46 @@ def test_the_graph_computes_what_calibration_computed(checkpoint: Checkpoint) ->
     site = sites["encoder.layer.0.attention.self"]
     if site.divisor is not None:  # the multiplication stands before the value that was read
         site = dataclasses.replace(site, divisor=None)
-    np.testing.assert_allclose(y, site.apply("encoder.layer.0.attention.self.query", site.quantize(x)), atol=1e-4)
+    assert site.attention is not None
+    expected = site.apply("encoder.layer.0.attention.self.query", site.quantize(x)) / site.attention.query
+    np.testing.assert_allclose(y, expected, atol=1e-3)  # in steps, up to 127 of them
+
+
+def test_the_graph_loses_what_calibration_said_that_it_would(checkpoint: Checkpoint) -> None:
+    ids = quantize.calibration_ids(checkpoint, None)[:150]
+    levels, scales = quantize_rows(checkpoint.tensors["embeddings.word_embeddings.weight"])
+    sites, cosines = calibrate(checkpoint, ids, levels * scales, max_level=127 if "vnni" in HERE else 63)
+    exact, quantized = (
+        Session(model.SerializeToString(), num_threads=1)
+        for model in (build_graph(checkpoint), build_int8(checkpoint, sites))
+    )
+    found = [(unit(exact.run([text])) * unit(quantized.run([text]))).sum(dtype=np.float64) for text in ids]
+    np.testing.assert_allclose(1 - np.mean(found), 1 - cosines.mean(dtype=np.float64), rtol=0.05)
+
+
+def test_no_token_depends_on_the_width_of_the_rectangle_to_the_last_bit(
+    checkpoint: Checkpoint, sites: dict[str, Int8Site]
+) -> None:
+    model = build_int8(checkpoint, sites, with_token_embeddings=True)
+    session = Session(model.SerializeToString(), num_threads=1)
+    rng = np.random.default_rng(0)
+    for n_tokens in (2, 7, 16, 33, 64, 100):
+        text, neighbour = (rng.integers(1000, 20000, n).tolist() for n in (n_tokens, 120))
+        alone = session.run([text], n_tokens, "last_hidden_state")[0]
+        for width in (n_tokens + 1, n_tokens + 9, 120):
+            np.testing.assert_array_equal(session.run([text], width, "last_hidden_state")[0, :n_tokens], alone)
+        beside = session.run([neighbour, text], 120, "last_hidden_state")[1, :n_tokens]
+        np.testing.assert_array_equal(beside, alone)
 
 
 def test_sites_that_are_kept_stay_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "GOOD_MEAN", 1.1)  # never good enough: the last rung is taken
     sites = quantize.quantize(checkpoint)
     assert not any(name.endswith(".output") and "attention" not in name for name in sites)
-    model = build_graph(checkpoint, Int8Weights(checkpoint, sites))
+    model = build_int8(checkpoint, sites)
     counts = {op: sum(node.op_type == op for node in model.graph.node) for op in ("Gemm", "MatMulIntegerToFloat")}
-    assert counts == {"Gemm": 2, "MatMulIntegerToFloat": 10}
+    # Of each layer: query, key with value, attention's three products, its output layer, the first of feed-forward.
+    assert counts == {"Gemm": 2, "MatMulIntegerToFloat": 14}
 
 
 def test_accuracy_beyond_the_tolerance_is_refused_or_accepted_and_recorded(
@@ -168,6 +211,33 @@ def test_the_value_projection_takes_over_the_division_before_the_output_projecti
     np.testing.assert_allclose(
         folded["a.attention.self"].apply(names[2], first.quantize(x)), value / divisor, rtol=1e-5
     )
+
+
+def test_attention_loses_little_in_its_steps_and_nothing_by_centring() -> None:
+    """Against FP32 attention of the same values, which stand far from zero; one channel of either is dead."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 16)).astype(np.float32)
+    weights = [0.3 * rng.standard_normal((16, 16)).astype(np.float32) for _ in range(3)]
+    names = [f"a.self.{name}" for name in ("query", "key", "value")]
+    site = fit_site(names, weights, [x @ weight + 9 * (i > 0) for i, weight in enumerate(weights)], x, 127)
+    levels = site.quantize(x)
+    query, key, value = (site.apply(name, levels) for name in names)
+    query[:, 3] = key[:, 5] = 0
+    centred = centre_attention(site, "a.self", key, value)
+    moved = key - (site.linears[names[1]].bias - centred.linears[names[1]].bias)
+    parts = query, moved, centred.apply(names[2], levels)
+    np.testing.assert_allclose(parts[2].min(axis=0), -parts[2].max(axis=0), rtol=1e-4)
+
+    steps = fit_attention(*parts)
+    np.testing.assert_allclose(steps.query * steps.key, steps.query[0] * steps.key[0], rtol=1e-5)
+    rounded = steps.round(*parts)
+    for part, exact, step in zip(rounded, parts, (steps.query, steps.key, steps.value), strict=True):
+        assert (np.abs(part - exact) <= step * 0.501).all()  # nothing that was seen is clipped
+
+    shift = site.linears[names[2]].bias - centred.linears[names[2]].bias
+    expected = attention(query[None], key[None], value[None], 2)
+    found = attention(rounded[0][None], rounded[1][None], rounded[2][None], 2, rounded=True) + shift
+    assert np.abs(found - expected).max() < 0.05 * (expected - shift).std()
 
 
 def test_levels_are_clipped_to_a_byte_and_zero_is_exact() -> None:

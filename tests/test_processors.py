@@ -43,7 +43,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 class _ExactSession(Session):
-    """Runs 8-bit weights as unsigned ones, 128 higher with a zero point of 128: the same sums, never saturated."""
+    """Runs what is int8 as uint8, 128 higher with a zero point of 128: the same sums, never saturated."""
 
     def __init__(self, model: bytes, **arguments: Any) -> None:
         super().__init__(unsigned_weights(model), **arguments)
@@ -52,9 +52,9 @@ class _ExactSession(Session):
 def unsigned_weights(model: bytes) -> bytes:
     graph = onnx.load_from_string(model)
     shifted = {name for node in graph.graph.node if node.op_type == "MatMulIntegerToFloat"
-               for name in (node.input[1], node.input[5])}  # fmt: skip
+               for name in (node.input[1], *node.input[5:6])}  # fmt: skip
     for tensor in graph.graph.initializer:
-        if tensor.name in shifted:
+        if tensor.name in shifted and tensor.data_type == onnx.TensorProto.INT8:
             levels = numpy_helper.to_array(tensor).astype(np.int16) + 128
             tensor.CopyFrom(numpy_helper.from_array(levels.astype(np.uint8), tensor.name))
     data: bytes = graph.SerializeToString()

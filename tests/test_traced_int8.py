@@ -15,7 +15,7 @@ from m3e.cpu import cpu_features
 from m3e.session import Session
 from m3e_export import traced_int8
 from m3e_export.builder import RECTANGLE, GraphBuilder
-from m3e_export.calibrate import Int8Site, fit_site
+from m3e_export.fit import Int8Site, fit_site
 from m3e_export.traced_int8 import quantize_traced, to_int8
 
 WORDS, WIDTH, INNER = 50, 24, 96

@@ -23,7 +23,13 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     return y
 
 
-def attention(query: Array, key: Array, value: Array, num_heads: int, bias: Array | None = None) -> Array:
+# Steps in which INT8 attention counts a weight, from nothing to the largest of its row: all of a uint8.
+WEIGHT_LEVELS = 255
+
+
+def attention(
+    query: Array, key: Array, value: Array, num_heads: int, bias: Array | None = None, *, rounded: bool = False
+) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) within texts of one length.
 
     Args:
@@ -32,6 +38,7 @@ def attention(query: Array, key: Array, value: Array, num_heads: int, bias: Arra
         value: (batch, seq_len, hidden).
         num_heads: Heads that hidden is split into.
         bias: Added to the scores, (heads, seq_len, seq_len); None for nothing.
+        rounded: Whether weights are rounded to `WEIGHT_LEVELS`, before they are divided by their sum.
 
     Returns:
         (batch, seq_len, hidden).
@@ -45,6 +52,8 @@ def attention(query: Array, key: Array, value: Array, num_heads: int, bias: Arra
     if bias is not None:
         scores += bias
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    if rounded:
+        np.rint(weights * weights.dtype.type(WEIGHT_LEVELS), out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
     context: Array = (weights @ split(value)).transpose(0, 2, 1, 3).reshape(query.shape)
     return context

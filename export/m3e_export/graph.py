@@ -10,7 +10,7 @@ SkipLayerNormalization, Gemm with bias + Gelu rather than BiasGelu, MultiHeadAtt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,32 +22,7 @@ from m3e_export.builder import CONTRIB, RECTANGLE, GraphBuilder
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.encoder_math import FARTHEST, bias_by_distance
 from m3e_export.pooling_graph import PoolingNodes, append_function, append_head
-from m3e_export.walk import hidden_states
-
-
-class Weights:
-    """FP32 storage of the word embeddings and the linear layers; a subclass stores them otherwise.
-
-    Args:
-        checkpoint: The weights.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.tensors = checkpoint.tensors
-
-    def words(self, builder: GraphBuilder, ids: str) -> str:
-        """Word embeddings of ids (T,): float32 (T, hidden)."""
-        name = "embeddings.word_embeddings.weight"
-        return builder.op("Gather", builder.const(name, self.tensors[name]), ids)
-
-    def linears(self, builder: GraphBuilder, site: str, names: Sequence[str], value: str) -> list[str]:
-        """Linear layers that read the same value (T, in): float32 (T, out) each."""
-        return [self.linear(builder, f"{site}.{name}", value) for name in names]
-
-    def linear(self, builder: GraphBuilder, name: str, value: str) -> str:
-        """One FP32 linear layer."""
-        weight = builder.const(f"{name}.weight", self.tensors[f"{name}.weight"].T)  # (in, out)
-        return builder.op("Gemm", value, weight, builder.const(f"{name}.bias", self.tensors[f"{name}.bias"]))
+from m3e_export.walk import PROJECTIONS, hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +45,13 @@ class Packing:
 
 
 def build_graph(
-    checkpoint: Checkpoint, weights: Weights | None = None, *, with_token_embeddings: bool = False
+    checkpoint: Checkpoint, steps_type: Callable[..., GraphSteps] | None = None, *, with_token_embeddings: bool = False
 ) -> onnx.ModelProto:
     """Build the graph of a checkpoint.
 
     Args:
         checkpoint: Weights, config and pooling.
-        weights: How the word embeddings and linear layers are stored; None for FP32.
+        steps_type: Makes the steps from what `GraphSteps` takes; None for `GraphSteps`, all in FP32.
         with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
 
     Returns:
@@ -84,10 +59,9 @@ def build_graph(
         ``sentence_embedding``, float32 (batch, dim).
     """
     config = checkpoint.config
-    weights = weights or Weights(checkpoint)
     builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
     packing, ids, positions = pack(builder, config.padding_position)
-    steps = GraphSteps(builder, checkpoint, weights, packing, ids, positions)
+    steps = (steps_type or GraphSteps)(builder, checkpoint, packing, ids, positions)
     words = steps.words()
     first, *_, last = hidden_states(steps, config, words)
     builder.scope("pooling")
@@ -103,29 +77,21 @@ def build_graph(
 
 
 class GraphSteps:
-    """The steps of `walk` as nodes of a graph; values are names of float32 (T, width).
+    """The steps of `walk` as nodes of a graph, in FP32; values are names of float32 (T, width).
 
     Args:
         builder: The graph.
         checkpoint: The model.
-        weights: How the word embeddings and linear layers are stored.
         packing: Where the tokens stand.
         ids: Token ids (T,).
         positions: Rows of `position_rows` (T,).
     """
 
     def __init__(
-        self,
-        builder: GraphBuilder,
-        checkpoint: Checkpoint,
-        weights: Weights,
-        packing: Packing,
-        ids: str,
-        positions: str,
+        self, builder: GraphBuilder, checkpoint: Checkpoint, packing: Packing, ids: str, positions: str
     ) -> None:
         self._builder = builder
         self._checkpoint = checkpoint
-        self._weights = weights
         self._packing = packing
         self._ids = ids
         self._positions = positions
@@ -137,7 +103,8 @@ class GraphSteps:
 
     def words(self) -> str:
         """Word embeddings."""
-        return self._weights.words(self._builder, self._ids)
+        name = "embeddings.word_embeddings.weight"
+        return self._builder.op("Gather", self._builder.const(name, self._checkpoint.tensors[name]), self._ids)
 
     def positions(self) -> str:
         """What is added to the word embeddings."""
@@ -147,7 +114,7 @@ class GraphSteps:
 
     def linears(self, site: str, names: Sequence[str], x: str) -> list[str]:
         """Linear layers of one input."""
-        return self._weights.linears(self._builder, site, names, x)
+        return [self._linear(f"{site}.{name}", x) for name in names]
 
     def layer_norm(self, name: str, x: str) -> str:
         """Layer normalisation."""
@@ -162,22 +129,28 @@ class GraphSteps:
         """Sum."""
         return self._builder.op("Add", a, b)
 
-    def attention(self, query: str, key: str, value: str) -> str:
+    def attention(self, site: str, x: str) -> str:
         """Attention within each text.
 
         Without pads the tokens are in their cells already, and onnxruntime has a faster kernel where there is no mask.
         It rounds in another order, so short texts, whose batches may have pads, never take it.
         """
         b, packing = self._builder, self._packing
+        parts = self.linears(site, PROJECTIONS, x)
 
         def full() -> str:
-            return self._attend([b.op("Reshape", part, packing.shape) for part in (query, key, value)], "")
+            return self._attend([b.op("Reshape", part, packing.shape) for part in parts], "")
 
         def padded() -> str:
-            cells = [b.op("Gather", part, packing.cell_index) for part in (query, key, value)]
+            cells = [b.op("Gather", part, packing.cell_index) for part in parts]
             return b.op("Gather", self._attend(cells, packing.mask), packing.token_index)
 
         return b.choose(packing.full, full, padded)
+
+    def _linear(self, name: str, value: str) -> str:
+        b, tensors = self._builder, self._checkpoint.tensors
+        weight = b.const(f"{name}.weight", tensors[f"{name}.weight"].T)  # (in, out)
+        return b.op("Gemm", value, weight, b.const(f"{name}.bias", tensors[f"{name}.bias"]))
 
     def _attend(self, cells: Sequence[str], mask: str) -> str:
         """Attention of query, key and value in cells, (batch, seq_len, hidden) each: (batch x seq_len, hidden)."""

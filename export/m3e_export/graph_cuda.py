@@ -19,7 +19,7 @@ from m3e_export.builder import CONTRIB
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.fp16 import EMBEDDINGS, INT32, GpuPoolingNodes, HalfBuilder, Value, fold_biases
 from m3e_export.pooling_graph import append_function, append_head
-from m3e_export.walk import hidden_states
+from m3e_export.walk import PROJECTIONS, hidden_states
 
 # Activations that have a kernel which adds the bias too.
 _WITH_BIAS = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}
@@ -121,8 +121,9 @@ class CudaSteps:
         """Sum, which the normalisation behind it makes."""
         return Pending(a.name, a.dtype, a.bias, b)
 
-    def attention(self, query: Pending, key: Pending, value: Pending) -> Pending:
+    def attention(self, site: str, x: Pending) -> Pending:
         """Attention within each text."""
+        query, key, value = self.linears(site, PROJECTIONS, x)
         context = self._builder.op(
             "PackedMultiHeadAttention", query.name, key.name, value.name, "",
             "token_offset", "cumulative_sequence_length",

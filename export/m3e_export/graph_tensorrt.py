@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from m3e_export.architectures import ACTIVATIONS
-from m3e_export.calibrate import Int8Site
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.encoder_math import FARTHEST, bias_by_distance
+from m3e_export.fit import Int8Site
 from m3e_export.fp16 import EMBEDDINGS, FLOAT, FLOAT16, INT32, GpuPoolingNodes, HalfBuilder, Value, fold_biases
-from m3e_export.int8 import fold_divisors
+from m3e_export.int8 import divide
 from m3e_export.pooling_graph import append_function, append_head
-from m3e_export.walk import hidden_states
+from m3e_export.walk import PROJECTIONS, hidden_states
 
 # What a pad's score becomes, in FP32: softmax gives it zero and never meets an infinity.
 _MASKED = -1e9
@@ -145,9 +145,10 @@ class TensorrtSteps:
         self._builder.watch(a.site, other, total)
         return SiteValue(total, a.dtype, a.site)
 
-    def attention(self, query: SiteValue, key: SiteValue, value: SiteValue) -> SiteValue:
+    def attention(self, site: str, x: SiteValue) -> SiteValue:
         """Self-attention; queries are scaled in their weights, pads' scores replaced before an FP32 softmax."""
-        b, heads, dtype, site = self._builder, self._config.num_attention_heads, query.dtype, query.site
+        query, key, value = self.linears(site, PROJECTIONS, x)
+        b, heads, dtype = self._builder, self._config.num_attention_heads, query.dtype
         head_size = self._config.hidden_size // heads
         q, k, v = (b.op("Reshape", part.name, b.int64(0, 0, heads, head_size)) for part in (query, key, value))
         q, k, v = (b.op("Transpose", part, perm=perm) for part, perm in ((q, _HEADS), (k, _KEYS), (v, _HEADS)))
@@ -241,14 +242,37 @@ def _symmetric_scale(site: Int8Site) -> float:
 
 
 def _quantizable(builder: HalfBuilder, sites: Mapping[str, Int8Site]) -> dict[str, Int8Site]:
-    """Leave out what stays FP32 and what FP16 scales cannot hold, before divisors move from one site to another."""
-    left = {name: site for name, site in sites.items() if builder.dtype(name) == FLOAT16}
-    while True:
-        folded = fold_divisors(left)
-        fitting = {name: site for name, site in left.items() if _fits(folded[name])}
-        if len(fitting) == len(left):
-            return folded
-        left = fitting
+    """Leave out what stays FP32 and what FP16 scales cannot hold.
+
+    The sites before and behind an attention go together: one is fitted to what the other makes of its values.
+    """
+    folded = fold_divisors(sites)
+    fitting = {name for name, site in folded.items() if builder.dtype(name) == FLOAT16 and _fits(site)}
+    swap = {".attention.self": ".attention.output", ".attention.output": ".attention.self"}
+
+    def partner(name: str) -> str:
+        end = next((end for end in swap if name.endswith(end)), "")
+        return name.removesuffix(end) + swap.get(end, "")
+
+    return {name: site for name, site in folded.items() if {name, partner(name)} <= fitting}
+
+
+def fold_divisors(sites: Mapping[str, Int8Site]) -> dict[str, Int8Site]:
+    """Let the value projection divide what attention's output would be divided by.
+
+    Attention mixes rows and keeps channels apart, so a channel's divisor can go into the scale and bias of the value
+    projection's column: nothing is left to do at run time.
+    """
+    folded = dict(sites)
+    for name, site in sites.items():
+        source = name.replace(".attention.output", ".attention.self")
+        if source == name or site.divisor is None or source not in sites:
+            continue
+        value = f"{source}.value"
+        linears = sites[source].linears
+        folded[source] = replace(sites[source], linears={**linears, value: divide(linears[value], site.divisor)})
+        folded[name] = replace(site, divisor=None)
+    return folded
 
 
 def _fits(site: Int8Site) -> bool:

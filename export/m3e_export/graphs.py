@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from m3e.errors import ExportError
 from m3e.manifest import Graph, encode_array
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
-from m3e_export.calibrate import Int8Site
 from m3e_export.checkpoint import Checkpoint
 from m3e_export.emulate import emulated_session
+from m3e_export.fit import Int8Site
 from m3e_export.graph import build_graph
 from m3e_export.graph_cuda import build_cuda_graph
 from m3e_export.graph_tensorrt import build_tensorrt_graph
-from m3e_export.int8 import Int8Weights
+from m3e_export.int8 import Int8Steps
 from m3e_export.layout import write
 from m3e_export.texts import GOLDEN_TEXTS
 
@@ -139,8 +140,8 @@ def build_model(
         return build_cuda_graph(checkpoint, fp32_sites)
     if kind.target == "tensorrt":
         return build_tensorrt_graph(checkpoint, fp32_sites, int8_sites)
-    weights = None if int8_sites is None else Int8Weights(checkpoint, int8_sites)
-    return build_graph(checkpoint, weights, with_token_embeddings=with_token_embeddings)
+    int8 = None if int8_sites is None else partial(Int8Steps, sites=int8_sites, signed=kind.max_level == 127)
+    return build_graph(checkpoint, int8, with_token_embeddings=with_token_embeddings)
 
 
 def write_graph(

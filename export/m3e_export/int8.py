@@ -2,69 +2,170 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from m3e_export.builder import CONTRIB, GraphBuilder
-from m3e_export.calibrate import Int8Site
 from m3e_export.checkpoint import Checkpoint
-from m3e_export.graph import Weights
+from m3e_export.encoder_math import WEIGHT_LEVELS
+from m3e_export.fit import Float32Array, Int8Linear, Int8Site
+from m3e_export.graph import GraphSteps, Packing
 
 FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
-class Int8Weights(Weights):
-    """Word embeddings as int8 rows, linear layers as int8 weights on uint8 inputs.
+class Int8Steps(GraphSteps):
+    """The steps with word embeddings as int8 rows, and linear layers and attention on 8-bit integers.
 
     uint8 activations times int8 weights is the product that VNNI computes; bias and scales are in the multiplication's
-    epilogue, so nothing but the result is written.
+    epilogue, so nothing but the result is written. Attention's sums are of whole numbers too, so they are the same in
+    whatever order, and whatever the width of the rectangle that a text lies in.
 
     Args:
+        builder: The graph.
         checkpoint: The model.
+        packing: Where the tokens stand.
+        ids: Token ids (T,).
+        positions: Rows of `position_rows` (T,).
         sites: What calibration made; linear layers that are in none stay FP32.
+        signed: Whether key and value are int8; as uint8 they are slower where there is VNNI, and do not saturate where
+            there is none.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sites: Mapping[str, Int8Site]) -> None:
-        super().__init__(checkpoint)
-        self.sites = fold_divisors(sites)
-        self.levels, self.scales = quantize_rows(checkpoint.tensors["embeddings.word_embeddings.weight"])
+    def __init__(
+        self,
+        builder: GraphBuilder,
+        checkpoint: Checkpoint,
+        packing: Packing,
+        ids: str,
+        positions: str,
+        *,
+        sites: Mapping[str, Int8Site],
+        signed: bool,
+    ) -> None:
+        super().__init__(builder, checkpoint, packing, ids, positions)
+        self._sites = sites
+        self._levels: set[str] = set()  # values that are levels already
+        self._one = builder.const("one_float", 1, np.float32)
+        self._middle = builder.const("middle", 128, np.uint8)
+        self._zero = builder.const("key_zero_point", 0, np.int8) if signed else self._middle
+        self._lay_out_heads()
 
-    def words(self, builder: GraphBuilder, ids: str) -> str:
-        """Word embeddings of ids (T,): float32 (T, hidden)."""
-        return append_rows(builder, "embeddings.word_embeddings", self.levels, self.scales, ids)
+    def words(self) -> str:
+        """Word embeddings."""
+        levels, scales = quantize_rows(self._checkpoint.tensors["embeddings.word_embeddings.weight"])
+        return append_rows(self._builder, "embeddings.word_embeddings", levels, scales, self._ids)
 
-    def linears(self, builder: GraphBuilder, site: str, names: Sequence[str], value: str) -> list[str]:
-        """Linear layers that read the same value (T, in): float32 (T, out) each."""
-        if site not in self.sites:
-            return super().linears(builder, site, names, value)
-        outputs = append_site(builder, site, self.sites[site], value)
-        return [outputs[f"{site}.{name}"] for name in names]
+    def linears(self, site: str, names: Sequence[str], x: str) -> list[str]:
+        """Linear layers of one input."""
+        if site not in self._sites:
+            return super().linears(site, names, x)
+        fitted = self._sites[site]
+        levels = x if x in self._levels else append_levels(self._builder, site, fitted, x)
+        full = [f"{site}.{name}" for name in names]
+        return [append_product(self._builder, name, site, levels, fitted.linears[name]) for name in full]
+
+    def attention(self, site: str, x: str) -> str:
+        """Attention within each text, from levels to the levels of the output layer's input.
+
+        Weights are rounded before they are divided by their sum, so that all of a uint8 serves each row, and the sum is
+        that of the rounded.
+        """
+        b, fitted, config = self._builder, self._sites[site], self._checkpoint.config
+        steps, linears = fitted.attention, fitted.linears
+        assert steps is not None, "calibration gives attention its steps"
+        levels = append_levels(b, site, fitted, x)
+        query = divide(linears[f"{site}.query"], steps.query)
+        key, value = divide(linears[f"{site}.key"], steps.key), divide(linears[f"{site}.value"], steps.value)
+        queries = append_product(b, f"{site}.query", site, levels, query)
+        pairs = append_product(b, f"{site}.key_value", site, levels, concatenate(key, value))
+        heads = b.int64(-1, config.hidden_size // config.num_attention_heads)
+        queries = b.op("Reshape", b.op("QuantizeLinear", queries, self._one, self._middle), heads)
+        pairs = b.op("Reshape", b.op("QuantizeLinear", pairs, self._one, self._zero), heads)
+        queries = b.op("Gather", queries, self._query_rows)  # (batch, heads, seq_len, head_size)
+        keys = b.op("Transpose", b.op("Gather", pairs, self._key_rows), perm=[0, 1, 3, 2])
+        factor = steps.query[0] * steps.key[0] / math.sqrt(config.hidden_size // config.num_attention_heads)
+        factor = b.const(f"{site}.score_scale", factor, np.float32)
+        scores = self._product(queries, keys, factor, self._middle, self._zero)
+        weights = b.op("Exp", self._less_largest(scores))
+        weights = b.op(
+            "QuantizeLinear", weights, b.const("weight_scale", 1 / WEIGHT_LEVELS, np.float32),
+            b.const("weight_zero_point", 0, np.uint8),
+        )  # fmt: skip
+        values = b.op("Gather", pairs, self._value_rows)
+        output = site.replace(".self", ".output")
+        fitted = self._sites[output]
+        assert fitted.divisor is not None, "calibration divides attention's output by the steps of the value"
+        factor = b.const(f"{site}.value_scale", steps.value[0] / fitted.divisor[0], np.float32)
+        context = self._product(weights, values, factor, "weight_zero_point", self._zero)
+        context = b.op("Div", context, self._product(weights, self._ones, self._one))
+        context = b.op("Reshape", append_levels(b, output, replace(fitted, divisor=None), context), heads)
+        context = b.op("Reshape", b.op("Gather", context, self._context_rows), b.int64(-1, config.hidden_size))
+        self._levels.add(context)
+        return context
+
+    def _product(self, a: str, b: str, scale: str, *zero_points: str) -> str:
+        return self._builder.op("MatMulIntegerToFloat", a, b, scale, self._one, *zero_points, domain=CONTRIB)
+
+    def _less_largest(self, scores: str) -> str:
+        """Scores less the largest of their row; pads' scores are so low that their weights are zero."""
+        b = self._builder
+        for addend in (self._bias, self._mask):
+            scores = b.op("Add", scores, addend) if addend else scores
+        return b.op("Sub", scores, b.op("ReduceMax", scores, b.int64(-1)))
+
+    def _lay_out_heads(self) -> None:
+        """Find the rows of (T x heads, head_size) that stand in (batch, heads, seq_len), and the way back."""
+        b, packing, n_heads = self._builder, self._packing, self._checkpoint.config.num_attention_heads
+        heads = b.const("heads", np.arange(n_heads)[:, None], np.int64)
+        cells = b.op("Unsqueeze", packing.cell_index, b.int64(1))
+        # A token has a row of queries a head; and twice as many of keys, then of values.
+        self._query_rows = b.op("Add", b.op("Mul", cells, b.int64(n_heads)), heads)
+        self._key_rows = b.op("Add", b.op("Mul", cells, b.int64(2 * n_heads)), heads)
+        self._value_rows = b.op("Add", self._key_rows, b.int64(n_heads))
+        seq_len = b.op("Slice", b.op("Shape", "attention_mask"), b.int64(1), b.int64(2))
+        place = b.op("Mod", packing.token_index, seq_len)
+        first = b.op("Add", b.op("Mul", b.op("Sub", packing.token_index, place), b.int64(n_heads)), place)
+        by_head = b.op("Mul", b.const("heads_row", np.arange(n_heads), np.int64), seq_len)
+        self._context_rows = b.op("Add", b.op("Unsqueeze", first, b.int64(1)), by_head)
+        self._ones = b.op("Expand", b.const("level_one", [[1]], np.int8), b.op("Concat", seq_len, b.int64(1), axis=0))
+        pads = b.op("Sub", b.op("Cast", "attention_mask", to=FLOAT), self._one)  # -1 at pads
+        lowest = b.op("Mul", pads, b.const("lowest", 1e9, np.float32))
+        self._mask = b.op("Unsqueeze", lowest, b.int64(1, 2))
 
 
 def append_site(builder: GraphBuilder, name: str, site: Int8Site, value: str) -> dict[str, str]:
     """Append a site's layers on the value that they read, (..., in): float32 (..., out) of each, by its name."""
+    levels = append_levels(builder, name, site, value)
+    return {full: append_product(builder, full, name, levels, linear) for full, linear in site.linears.items()}
+
+
+def append_levels(builder: GraphBuilder, name: str, site: Int8Site, value: str) -> str:
+    """Append the rounding of a site's input, float32 (..., in): uint8 (..., in)."""
     if site.divisor is not None:
         value = builder.op("Mul", value, builder.const(f"{name}.smoothing", 1 / site.divisor, np.float32))
     scale = builder.const(f"{name}.scale", site.scale, np.float32)
     zero_point = builder.const(f"{name}.zero_point", site.zero_point, np.uint8)
-    levels = builder.op("QuantizeLinear", value, scale, zero_point)
-    return {
-        full: builder.op(
-            "MatMulIntegerToFloat",
-            levels,
-            builder.const(f"{full}.weight", linear.weight),
-            scale,
-            builder.const(f"{full}.weight_scale", linear.scale),
-            zero_point,
-            builder.const(f"{full}.weight_zero_point", np.zeros(len(linear.scale), np.int8)),
-            builder.const(f"{full}.bias", linear.bias),
-            domain=CONTRIB,
-        )
-        for full, linear in site.linears.items()
-    }
+    return builder.op("QuantizeLinear", value, scale, zero_point)
+
+
+def append_product(builder: GraphBuilder, name: str, site: str, levels: str, linear: Int8Linear) -> str:
+    """Append a linear layer on the levels of its site: float32 (..., out)."""
+    return builder.op(
+        "MatMulIntegerToFloat",
+        levels,
+        builder.const(f"{name}.weight", linear.weight),
+        f"{site}.scale",
+        builder.const(f"{name}.weight_scale", linear.scale),
+        f"{site}.zero_point",
+        builder.const(f"{name}.weight_zero_point", np.zeros(len(linear.scale), np.int8)),
+        builder.const(f"{name}.bias", linear.bias),
+        domain=CONTRIB,
+    )
 
 
 def append_rows(
@@ -89,20 +190,15 @@ def quantize_rows(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], 
     return np.rint(rows / scales).astype(np.int8), scales
 
 
-def fold_divisors(sites: Mapping[str, Int8Site]) -> dict[str, Int8Site]:
-    """Let the value projection divide what attention's output would be divided by.
+def divide(linear: Int8Linear, divisor: Float32Array) -> Int8Linear:
+    """A layer whose outputs are divided by float32 (out,)."""
+    return replace(linear, scale=linear.scale / divisor, bias=linear.bias / divisor)
 
-    Attention mixes rows and keeps channels apart, so a channel's divisor can go into the scale and bias of the value
-    projection's column: nothing is left to do at run time.
-    """
-    folded = dict(sites)
-    for name, site in sites.items():
-        source = name.replace(".attention.output", ".attention.self")
-        if source == name or site.divisor is None or source not in sites:
-            continue
-        value = f"{source}.value"
-        linear = sites[source].linears[value]
-        divided = dataclasses.replace(linear, scale=linear.scale / site.divisor, bias=linear.bias / site.divisor)
-        folded[source] = dataclasses.replace(sites[source], linears={**sites[source].linears, value: divided})
-        folded[name] = dataclasses.replace(site, divisor=None)
-    return folded
+
+def concatenate(first: Int8Linear, second: Int8Linear) -> Int8Linear:
+    """One layer with the outputs of two."""
+    return Int8Linear(
+        np.concatenate([first.weight, second.weight], axis=1),
+        np.concatenate([first.scale, second.scale]),
+        np.concatenate([first.bias, second.bias]),
+    )

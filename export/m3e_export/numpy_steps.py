@@ -11,6 +11,7 @@ import numpy.typing as npt
 from m3e_export.architectures import ACTIVATIONS
 from m3e_export.checkpoint import Checkpoint, position_rows
 from m3e_export.encoder_math import FARTHEST, FUNCTIONS, attention, bias_by_distance, layer_norm
+from m3e_export.walk import PROJECTIONS
 
 Array = npt.NDArray[Any]
 
@@ -71,8 +72,12 @@ class NumpySteps:
         total: Array = a + b
         return total
 
-    def attention(self, query: Array, key: Array, value: Array) -> Array:
-        """Attention within each text; those of one length run together."""
+    def attention(self, site: str, x: Array) -> Array:
+        """Attention within each text."""
+        return self.attend(*self.linears(site, PROJECTIONS, x))
+
+    def attend(self, query: Array, key: Array, value: Array, *, rounded: bool = False) -> Array:
+        """Attention within each text, its weights rounded or not; texts of one length run together."""
         context = np.empty_like(query)
         row = start = 0
         while start < len(self._lengths):
@@ -84,7 +89,7 @@ class NumpySteps:
             if self._bias is not None:
                 place = np.arange(length)
                 bias = self._bias[:, np.clip(place[None] - place[:, None], -FARTHEST, FARTHEST) + FARTHEST]
-            attended = attention(q, k, v, self._checkpoint.config.num_attention_heads, bias)
+            attended = attention(q, k, v, self._checkpoint.config.num_attention_heads, bias, rounded=rounded)
             context[rows] = attended.reshape(-1, context.shape[1])
             row, start = rows.stop, stop
         return context

@@ -32,11 +32,11 @@ from m3e.session import import_onnxruntime
 from m3e.tokenizer import Tokenizer
 from m3e.vectors import normalize as unit_rows
 from m3e_export import optimum_frontend
-from m3e_export.calibrate import Int8Site
 from m3e_export.certify import certify, references
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.emulate import emulated_session
 from m3e_export.evaluate import Encode, Pair, read_pairs
+from m3e_export.fit import Int8Site
 from m3e_export.fp16 import choose_fp32_sites
 from m3e_export.graph_tensorrt import build_watched
 from m3e_export.graphs import build_model, check_kind, choose_kinds, write_graph

@@ -8,8 +8,9 @@ import numpy as np
 
 from m3e.progress import progress_bar
 from m3e.tokenizer import Tokenizer
-from m3e_export.calibrate import Int8Site, calibrate
+from m3e_export.calibrate import calibrate
 from m3e_export.checkpoint import Checkpoint
+from m3e_export.fit import Int8Site
 from m3e_export.int8 import quantize_rows
 from m3e_export.texts import corpus
 

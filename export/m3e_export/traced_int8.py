@@ -21,7 +21,7 @@ from m3e.progress import progress_bar
 from m3e.session import import_onnxruntime
 from m3e.vectors import normalize as unit_rows
 from m3e_export.builder import CONTRIB, GraphBuilder
-from m3e_export.calibrate import Float32Array, Int8Site, fit_site
+from m3e_export.fit import Float32Array, Int8Site, fit_site
 from m3e_export.int8 import append_rows, append_site, quantize_rows
 from m3e_export.quantize import GOOD_MEAN, GOOD_MIN
 

@@ -14,6 +14,9 @@ from m3e_export.architectures import EncoderConfig
 
 Value = TypeVar("Value")
 
+# The linear layers of an attention site.
+PROJECTIONS = ("query", "key", "value")
+
 
 class Steps(Protocol[Value]):
     """What an encoder is made of.
@@ -39,8 +42,8 @@ class Steps(Protocol[Value]):
     def add(self, a: Value, b: Value) -> Value:
         """Add two values of one shape."""
 
-    def attention(self, query: Value, key: Value, value: Value) -> Value:
-        """Attend within each text, with the architecture's bias if it has one."""
+    def attention(self, site: str, x: Value) -> Value:
+        """Attend within each text: the site's `PROJECTIONS` of x, with the architecture's bias if it has one."""
 
     def activation(self, x: Value) -> Value:
         """Apply the feed-forward block's activation."""
@@ -69,8 +72,7 @@ def hidden_states(steps: Steps[Value], config: EncoderConfig, words: Value) -> I
 
 
 def _layer(steps: Steps[Value], layer: str, x: Value) -> Value:
-    query, key, value = steps.linears(f"{layer}.attention.self", ("query", "key", "value"), x)
-    context = steps.attention(query, key, value)
+    context = steps.attention(f"{layer}.attention.self", x)
     (attended,) = steps.linears(f"{layer}.attention.output", ("dense",), context)
     x = steps.layer_norm(f"{layer}.attention.output.LayerNorm", steps.add(attended, x))
     (inner,) = steps.linears(f"{layer}.intermediate", ("dense",), x)

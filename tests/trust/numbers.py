@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,16 @@ class PublishedInt8(NumpySteps):
             + self._constants[f"{site}.{name}.bias"]
             for name in names
         ]  # fmt: skip
+
+    def attention(self, site: str, x: Array) -> Array:
+        query, pairs = (
+            np.clip(np.rint(part), -128, 127) for part in self.linears(site, ("query", "key_value"), x)
+        )  # fmt: skip
+        config = self._checkpoint.config
+        key, value = np.split(pairs, 2, axis=1)
+        query *= float(self._constants[f"{site}.score_scale"])
+        query *= math.sqrt(config.hidden_size // config.num_attention_heads)  # which `attend` divides by
+        return self.attend(query, key, value * float(self._constants[f"{site}.value_scale"]), rounded=True)
 
 
 def embed_float64(
