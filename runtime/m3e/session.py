@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from m3e.plan import MAX_BATCH_TOKENS, attention_length, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
 
+# Batches further apart than this do not belong to one queue.
+_APART_S = 0.05
 _NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
@@ -26,7 +29,8 @@ class Session:
 
     A batch that runs alone gets all threads, which answers it soonest. Batches that run side by side get a thread
     each, which embeds the most texts: no thread waits for another, not even where something else takes a processor
-    away for a moment. That takes the weights twice.
+    away for a moment. That takes the weights twice. Where batches met a moment ago the next ones will meet too, so they
+    get a thread each from their start.
 
     Args:
         model: The ONNX file's bytes.
@@ -55,6 +59,7 @@ class Session:
         self._alone = _open(model, num_threads)
         self._beside = _open(model, 1) if self.threads > 1 else self._alone
         self._n_running = 0
+        self._met_at = float("-inf")
         self._counting = threading.Lock()
         _return_freed_memory()
 
@@ -93,8 +98,7 @@ class Session:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)
         try:
             with self.side_by_side():
-                session = self._alone if self._n_running == 1 else self._beside
-                (result,) = session.run([output], inputs)
+                (result,) = self._choose().run([output], inputs)
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
         return check_finite(result)
@@ -104,11 +108,22 @@ class Session:
         """Tell that batches are about to run at once: each gets one thread, also the first and the last of them."""
         with self._counting:
             self._n_running += 1
+            if self._n_running > 1:
+                self._met_at = time.monotonic()
         try:
             yield
         finally:
             with self._counting:
                 self._n_running -= 1
+
+    def _choose(self) -> Any:
+        """The session of all threads, unless batches run at once or just did.
+
+        A queue of batches has moments in which one runs by itself. With all threads it would hold up the next, and
+        onnxruntime's second thread goes on spinning for a while after it.
+        """
+        alone = self._n_running == 1 and time.monotonic() - self._met_at > _APART_S
+        return self._alone if alone else self._beside
 
     def abandon(self) -> None:
         """Never close this session: in a forked child its threads do not exist, and closing would wait for them."""
