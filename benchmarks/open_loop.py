@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import json
+import multiprocessing
 import random
+import select
+import socket
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+
+# An answer that has not come so long after the last request left counts as lost.
+_LAST_ANSWER_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one request ended: its status, 0 if the connection broke, and seconds since it should have left."""
+    """How one request ended.
+
+    Attributes:
+        status: Of the answer; 0 if the connection broke or no answer came.
+        seconds: From the time it should have left to the end of its answer.
+        late_s: From the time it should have left to when it did: what the generator itself adds.
+    """
 
     status: int
     seconds: float
+    late_s: float
 
 
-async def open_loop(
+def open_loop(
     port: int,
     texts: Sequence[str],
     *,
@@ -31,8 +46,9 @@ async def open_loop(
 ) -> list[Outcome]:
     """Send single texts at Poisson arrival times to ``/embed`` or ``/v1/embeddings`` on loopback.
 
-    A pool of kept connections grows as needed, up to a bound. Latency counts from the intended time, so a generator
-    that falls behind makes the figures worse, never better.
+    A process of its own sends bytes prepared beforehand. A pool of kept connections grows as needed, up to a bound;
+    each carries one request at a time. Latency counts from the intended time, so a generator that falls behind makes
+    the figures worse, never better.
     """
     rng = random.Random(seed)
     field = "inputs" if path == "/embed" else "input"
@@ -42,32 +58,109 @@ async def open_loop(
     for text in texts:
         body = json.dumps({field: text, **extra}, ensure_ascii=False).encode()
         messages.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    free = asyncio.Semaphore(connections)
-    outcomes: list[Outcome] = []
-
-    async def one(message: bytes, due: float) -> None:
-        async with free:
-            try:
-                reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
-                writer.write(message)
-                answer = await reader.readuntil(b"\r\n\r\n")
-                length = answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-                await reader.readexactly(int(length))
-                outcomes.append(Outcome(int(answer[9:12]), time.perf_counter() - due))
-                idle.append((reader, writer))
-            except (OSError, asyncio.IncompleteReadError):
-                outcomes.append(Outcome(0, time.perf_counter() - due))
-
-    n = round(rate_per_s * seconds)
-    tasks = []
-    due = time.perf_counter()
-    for i in range(n):
+    times, due = [], 0.0
+    for _ in range(round(rate_per_s * seconds)):
         due += rng.expovariate(rate_per_s)
-        if (ahead := due - time.perf_counter()) > 0:
-            await asyncio.sleep(ahead)
-        tasks.append(asyncio.create_task(one(messages[i % len(messages)], due)))
-    await asyncio.gather(*tasks)
-    for _, writer in idle:
-        writer.close()
-    return outcomes
+        times.append(due)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_send_all, port, messages, times, connections).result()
+
+
+class _Connection:
+    """A kept connection: the number of the request that it carries, and what has come of the answer."""
+
+    __slots__ = ("answer", "number", "socket")
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.number = -1
+        self.answer = b""
+
+    def whole(self) -> bool:
+        """Whether the answer is all there."""
+        end = self.answer.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        length = self.answer[:end].lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        return len(self.answer) - end - 4 >= int(length)
+
+
+def _send_all(port: int, messages: list[bytes], times: list[float], limit: int) -> list[Outcome]:
+    """Send message after message, each at its time in seconds from now."""
+    gc.disable()  # a pause would be blamed on the server
+    clock = time.perf_counter
+    start = clock()
+    n = len(times)
+    outcomes: list[Outcome | None] = [None] * n
+    late = [0.0] * n
+    events = select.epoll()
+    opened: dict[int, _Connection] = {}
+    idle: list[_Connection] = []
+    waiting: deque[int] = deque()  # due, but every connection is busy
+    following = n_ended = 0
+
+    def end(connection: _Connection, status: int) -> None:
+        nonlocal n_ended
+        number = connection.number
+        if number >= 0:
+            outcomes[number] = Outcome(status, clock() - start - times[number], late[number])
+            n_ended += 1
+        connection.number, connection.answer = -1, b""
+        if status:
+            idle.append(connection)
+        else:
+            del opened[connection.socket.fileno()]
+            connection.socket.close()
+            if connection in idle:
+                idle.remove(connection)
+
+    def send(number: int) -> bool:
+        nonlocal n_ended
+        try:
+            if not idle:
+                if len(opened) >= limit:
+                    return False
+                connection = _Connection(port)
+                opened[connection.socket.fileno()] = connection
+                events.register(connection.socket, select.EPOLLIN)
+            else:
+                connection = idle.pop()
+        except OSError:
+            outcomes[number] = Outcome(0, clock() - start - times[number], 0.0)
+            n_ended += 1
+            return True
+        connection.number = number
+        late[number] = clock() - start - times[number]
+        try:
+            connection.socket.sendall(messages[number % len(messages)])
+        except OSError:
+            end(connection, 0)
+        return True
+
+    while n_ended < n:
+        now = clock() - start
+        while following < n and times[following] <= now:
+            waiting.append(following)
+            following += 1
+        while waiting and send(waiting[0]):
+            waiting.popleft()
+        until = times[following] if following < n else times[-1] + _LAST_ANSWER_S
+        left = until - (clock() - start)
+        if left < 0 and following == n:
+            break
+        for number, _ in events.poll(max(0.0, left)):
+            connection = opened[number]
+            try:
+                part = connection.socket.recv(1 << 18)
+            except OSError:
+                part = b""
+            connection.answer += part
+            if not part:
+                end(connection, 0)
+            elif connection.whole():
+                end(connection, int(connection.answer[9:12]))
+    for connection in opened.values():
+        connection.socket.close()
+    lost = clock() - start
+    return [outcome or Outcome(0, lost - times[i], late[i]) for i, outcome in enumerate(outcomes)]

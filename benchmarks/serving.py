@@ -10,7 +10,6 @@ Needs ``wrk`` (apt install wrk), whose own cost is small.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import shutil
 import socket
@@ -139,8 +138,8 @@ def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60) -
     texts = texts or [f"今天天气真好 {i}" for i in range(500)]
     with running(bundle) as server:
         capacity = wrk(server.port, texts, seconds=6, connections=_CONNECTIONS)["per_s"]
-        calm = asyncio.run(open_loop(server.port, texts, rate_per_s=0.8 * capacity, seconds=min(seconds, 20), seed=1))
-        storm = asyncio.run(open_loop(server.port, texts, rate_per_s=2 * capacity, seconds=seconds, seed=2))
+        calm = open_loop(server.port, texts, rate_per_s=0.8 * capacity, seconds=min(seconds, 20), seed=1)
+        storm = open_loop(server.port, texts, rate_per_s=2 * capacity, seconds=seconds, seed=2)
     accepted = [outcome.seconds for outcome in storm if outcome.status == 200]
     refused = [outcome.seconds for outcome in storm if outcome.status == 429]
     return {
@@ -154,6 +153,7 @@ def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60) -
         "p99_at_0.8_ms": _p99([outcome.seconds for outcome in calm if outcome.status == 200]),
         "p99_accepted_ms": _p99(accepted),
         "p99_refusal_ms": _p99(refused),
+        "p99_sent_late_ms": _p99([outcome.late_s for outcome in storm]),
     }
 
 
@@ -174,19 +174,15 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
         wrk(port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
         theirs = wrk(port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
         half = theirs["per_s"] / 2
-        their_half = asyncio.run(
-            open_loop(port, texts, rate_per_s=half, seconds=seconds, path="/v1/embeddings", model="served")
-        )
+        their_half = open_loop(port, texts, rate_per_s=half, seconds=seconds, path="/v1/embeddings", model="served")
     finally:
         process.kill()
         process.wait()
     with running(f"served={bundle}", "--max-queue-ms", "0") as server:
         wrk(server.port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
         ours = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
-        our_half = asyncio.run(
-            open_loop(
-                server.port, texts, rate_per_s=ours["per_s"] / 2, seconds=seconds, path="/v1/embeddings", model="served"
-            )
+        our_half = open_loop(
+            server.port, texts, rate_per_s=ours["per_s"] / 2, seconds=seconds, path="/v1/embeddings", model="served"
         )
     their_p99 = _p99([outcome.seconds for outcome in their_half])
     our_p99 = _p99([outcome.seconds for outcome in our_half])
