@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3e.plan import attention_length, plan_batches
+from m3e.plan import attention_length, attention_width, plan_batches
 
 lengths = st.lists(st.integers(0, 600), max_size=200)
 token_bounds = st.integers(1, 2048)
@@ -21,6 +21,11 @@ def plan(n_tokens: list[int], max_batch_tokens: int, max_batch_size: int | None 
 
 def width(n_tokens: list[int], batch: list[int]) -> int:
     return int(attention_length(np.array([n_tokens[index] for index in batch])).max())
+
+
+@given(n_tokens=lengths)
+def test_the_width_of_one_text_is_that_of_the_plan(n_tokens: list[int]) -> None:
+    assert [attention_width(n) for n in n_tokens] == attention_length(np.array(n_tokens, dtype=np.int64)).tolist()
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)

@@ -143,6 +143,36 @@ def test_a_full_queue_is_429_at_once_and_a_late_request_504(tiny_bundle: Path) -
             assert (status, content["error"]["code"]) == (504, "deadline_exceeded")
 
 
+def test_an_overloaded_server_refuses_before_the_body_has_come(tiny_bundle: Path) -> None:
+    with running(tiny_bundle, "--threads", "1", "--max-queue-ms", "0.001", command=FAILING) as server:
+        assert ask(server, PLAIN[0])[1] == 200
+        ended = threading.Event()
+        statuses: set[int] = set()
+
+        def flood() -> None:
+            while not ended.is_set():
+                statuses.add(ask(server, SLOW)[1])
+
+        def refused_without_body() -> bool:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=1) as bare:
+                bare.sendall(
+                    b"POST /embed HTTP/1.1\r\nhost: localhost\r\n"
+                    b"content-type: application/json\r\ncontent-length: 9\r\n\r\n"
+                )
+                with contextlib.suppress(TimeoutError):  # let in: it waits for the body
+                    return bare.recv(1 << 16).startswith(b"HTTP/1.1 429 ")
+            return False
+
+        with ThreadPoolExecutor(100) as pool:
+            for _ in range(100):
+                pool.submit(flood)
+            try:
+                wait_for(refused_without_body)
+            finally:
+                ended.set()
+        assert statuses <= {200, 429}
+
+
 # The end
 
 
@@ -319,7 +349,7 @@ def test_overload_loses_nothing_and_refuses_quickly(tiny_bundle: Path) -> None:
     """The shape of the long test in two seconds: with a slow model, far more than it can do."""
     with running(tiny_bundle, "--threads", "1", "--max-queue-ms", "50", command=FAILING) as server:
         texts = [SLOW] * 5 + PLAIN
-        outcomes = asyncio.run(open_loop(server.port, texts, rate_per_s=300, seconds=2))
+        outcomes = open_loop(server.port, texts, rate_per_s=300, seconds=2)
         assert_ledger(outcomes, 600)
 
 

@@ -20,6 +20,8 @@ Float32Array = npt.NDArray[np.float32]
 
 # Fewer characters than this tokenise in less time than a thread takes to start on them.
 INLINE_CHARACTERS = 1024
+# Tasks that one turn of the loop wakes; each builds an answer, in about 0.2 ms.
+_AT_ONCE = 8
 
 
 class JobAwaiter:
@@ -31,9 +33,16 @@ class JobAwaiter:
     def deliver(self, jobs: list[Job]) -> None:
         """Give `Scheduler` this as ``deliver``."""
         try:
-            self._loop.call_soon_threadsafe(_call_each, jobs)
+            self._loop.call_soon_threadsafe(self._wake, jobs)
         except RuntimeError:  # the loop was closed while a batch ran; nobody waits any more
             return
+
+    def _wake(self, jobs: list[Job]) -> None:
+        """Wake a few tasks at a time: between them the loop reads what has come."""
+        for job in jobs[:_AT_ONCE]:
+            job.on_done(job)
+        if len(jobs) > _AT_ONCE:
+            self._loop.call_soon(self._wake, jobs[_AT_ONCE:])
 
     async def run(
         self, scheduler: Scheduler, input_ids: Sequence[list[int]], *, priority: Priority, timeout_s: float | None
@@ -183,8 +192,3 @@ class AsyncEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose(drain=kind is None)
-
-
-def _call_each(jobs: list[Job]) -> None:
-    for job in jobs:
-        job.on_done(job)

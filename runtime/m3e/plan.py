@@ -56,6 +56,12 @@ def attention_length(n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.where(n_tokens <= LONGEST_BUCKET, -(-n_tokens // _BUCKET) * _BUCKET, n_tokens)
 
 
+def attention_width(n_tokens: int) -> int:
+    """Give `attention_length` of one text; an array costs a request more than its width is worth."""
+    n_tokens = max(n_tokens, 1)
+    return -(-n_tokens // _BUCKET) * _BUCKET if n_tokens <= LONGEST_BUCKET else n_tokens
+
+
 def plan_sorted(
     n_tokens: npt.NDArray[np.int64],
     max_batch_tokens: int,

@@ -90,6 +90,16 @@ class Scheduler:
         rate = self._tokens_per_s * len(self._threads)
         return self._queue.n_tokens / rate if rate else 0.0
 
+    def overload(self) -> OverloadedError | None:
+        """What any request would be refused with now, whatever its size; None if it might be let in."""
+        wait_s = self.predicted_wait_s()
+        slow = (
+            self._max_queue_ms is not None
+            and wait_s * 1000 > self._max_queue_ms
+            and self._queue.n_jobs >= _ALWAYS_ADMITTED
+        )
+        return self._refusal(wait_s) if slow else None
+
     def submit(
         self,
         input_ids: Sequence[list[int]],
@@ -147,18 +157,19 @@ class Scheduler:
     def _admit(self, job: Job) -> None:
         if self._closed:
             raise ClosedError("the service is closed and takes no more requests")
+        refusal = self.overload()
+        if refusal is None and 0 < self._queue.n_tokens > self._max_queue_tokens - job.n_tokens:
+            refusal = self._refusal(self.predicted_wait_s())
+        if refusal is not None:
+            raise refusal
+
+    def _refusal(self, wait_s: float) -> OverloadedError:
         queue = self._queue
-        wait_s = self.predicted_wait_s()
-        full = queue.n_tokens > 0 and queue.n_tokens + job.n_tokens > self._max_queue_tokens
-        slow = (
-            self._max_queue_ms is not None and wait_s * 1000 > self._max_queue_ms and queue.n_jobs >= _ALWAYS_ADMITTED
+        return OverloadedError(
+            f"{queue.n_tokens} tokens of {queue.n_jobs} requests wait already, about {wait_s:.1f} s of work; "
+            "send again later or slower",
+            retry_after_s=max(wait_s, 0.05),
         )
-        if full or slow:
-            raise OverloadedError(
-                f"{queue.n_tokens} tokens of {queue.n_jobs} requests wait already, about {wait_s:.1f} s of work; "
-                "send again later or slower",
-                retry_after_s=max(wait_s, 0.05),
-            )
 
     def _work(self, embed: Embed) -> None:
         while True:

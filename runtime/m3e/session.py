@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from m3e.errors import DependencyError, InferenceError, StartError
 from m3e.feeds import Feeds, pad
-from m3e.plan import MAX_BATCH_TOKENS, attention_length, plan_batches
+from m3e.plan import MAX_BATCH_TOKENS, attention_width, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -92,7 +92,7 @@ class Session:
             InferenceError: onnxruntime failed, or gave a value that is not finite.
         """
         if seq_len is None:
-            seq_len = int(attention_length(np.array([max(map(len, input_ids))]))[0])
+            seq_len = attention_width(max(map(len, input_ids)))
         inputs = self._feed(input_ids, seq_len)
         if prompt_length:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import DeadlineError, M3EError
-from m3e.plan import attention_length
+from m3e.plan import attention_width
 
 Float32Array = npt.NDArray[np.float32]
 Priority = Literal["interactive", "bulk"]
@@ -120,9 +120,8 @@ class TokenQueue:
     def add(self, job: Job) -> None:
         """Let a job's texts wait."""
         lane = self._lanes[job.priority]
-        widths = attention_length(np.array([len(ids) for ids in job.input_ids], dtype=np.int64)).tolist()
-        for row, width in enumerate(widths):
-            lane.add(Item(job, row, width))
+        for row, ids in enumerate(job.input_ids):
+            lane.add(Item(job, row, attention_width(len(ids))))
         job.n_waiting_tokens = job.n_tokens
         self.n_tokens += job.n_tokens
         self.n_jobs += 1

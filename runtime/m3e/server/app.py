@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import itertools
@@ -17,7 +18,7 @@ from typing import Any
 import orjson
 
 from m3e.errors import M3EError
-from m3e.server.http import dialect_of
+from m3e.server.http import Protocol, dialect_of
 from m3e.server.metrics import Metrics
 from m3e.server.models import Models
 from m3e.server.openai import OpenAIRoutes
@@ -43,6 +44,8 @@ _PAGE_HEADERS = (
      b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 )  # fmt: skip
+# Routes whose texts join the queue.
+_QUEUING = frozenset({"/v1/embeddings", "/embeddings", "/embed", "/", "/similarity"})
 _MISJOINED = (
     "There is nothing at this path. Embeddings are at /v1/embeddings; OpenAI's clients append /embeddings to the base "
     "URL, so set the base URL to http://HOST:PORT/v1 and nothing behind it. TEI's clients call /embed at "
@@ -124,7 +127,7 @@ class App:
         route = self._route(path)
         problem: Problem | None = None
         span = self._tracer.start(request, route) if self._tracer is not None else None
-        connection = (scope.get("extensions") or {}).get("m3e")
+        connection: Protocol | None = (scope.get("extensions") or {}).get("m3e")
         if connection is not None:
             task = asyncio.current_task()
             assert task is not None
@@ -162,7 +165,7 @@ class App:
         self._count(request, route, answer.status, problem, seconds)
         if span is not None:
             span(request, answer.status)
-        await self._send(send, request, answer, seconds)
+        await self._send(send, connection, request, answer, seconds)
 
     async def _answer(
         self, request: Request, route: str, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]]
@@ -188,6 +191,8 @@ class App:
             if self.state.refusing:
                 raise Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy",
                               headers=retry_after(1.0))  # fmt: skip
+            if route in _QUEUING and (refusal := self.models.overload()) is not None:
+                raise refusal  # before the body is read: what is refused must cost next to nothing
             body = await self._read_body(headers, receive)
             if body is None:
                 return None
@@ -246,7 +251,9 @@ class App:
                           headers=((b"connection", b"close"),))  # fmt: skip
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _send(self, send: Any, request: Request, answer: Answer, seconds: float) -> None:
+    async def _send(
+        self, send: Any, connection: Protocol | None, request: Request, answer: Answer, seconds: float
+    ) -> None:
         headers: list[Header] = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
@@ -260,7 +267,7 @@ class App:
                 (b"x-compute-type", b"cpu"),
                 (b"x-compute-time", b"%d" % round(seconds * 1000)),
                 (b"x-compute-characters", b"%d" % request.n_characters),
-                (b"x-compute-tokens", b"%d" % int(tokens.n_tokens.sum())),
+                (b"x-compute-tokens", b"%d" % request.n_tokens),
                 (b"x-total-time", b"%d" % round(seconds * 1000)),
                 (b"x-tokenization-time", b"%d" % round(tokenization * 1000)),
                 (b"x-queue-time", b"%d" % round(queue * 1000)),
@@ -276,8 +283,9 @@ class App:
         origin = request.headers.get(b"origin")
         if origin is not None and (origin in self._origins or b"*" in self._origins):
             headers += [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
+        with connection.one_write() if connection is not None else contextlib.nullcontext():
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.body})
 
     def _count(self, request: Request, route: str, status: int, problem: Problem | None, seconds: float) -> None:
         metrics = self.metrics

@@ -51,7 +51,7 @@ async def tokenize(
             param=where,
             tei_message=f"Input validation error: `{name}` must have less than {limit} tokens. Given: {n}",
         )
-    total = int(tokens.n_tokens.sum())
+    total = request.n_tokens = sum(map(len, tokens.input_ids))
     if total > settings.max_request_tokens:
         raise Problem(
             "max_tokens_per_request",
@@ -65,7 +65,7 @@ async def embed(
     model: Model, models: Models, input_ids: list[list[int]], request: Request, settings: Settings
 ) -> Float32Array:
     """Run token ids; if the bundle was swapped meanwhile, on the new one."""
-    priority = _priority(request, sum(map(len, input_ids)), settings)
+    priority = _priority(request, settings)
     try:
         job = await model.embed(input_ids, priority)
     except ClosedError:
@@ -82,11 +82,11 @@ def finish(vectors: Float32Array, dimensions: int | None) -> Float32Array:
     return normalize(vectors if dimensions is None else vectors[:, :dimensions])
 
 
-def _priority(request: Request, n_tokens: int, settings: Settings) -> Priority:
+def _priority(request: Request, settings: Settings) -> Priority:
     """As the client says in X-Priority; otherwise what fills more than one batch is bulk."""
     said = request.headers.get(b"x-priority")
     if said is None:
-        return "bulk" if n_tokens > settings.max_batch_tokens else "interactive"
+        return "bulk" if request.n_texts > 1 and request.n_tokens > settings.max_batch_tokens else "interactive"
     if said == b"bulk":
         return "bulk"
     if said == b"interactive":

@@ -6,7 +6,8 @@ It overrides only callbacks that asyncio and httptools name, and `send_400_respo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -22,6 +23,39 @@ _IDLE, _HEAD, _BODY = range(3)
 def dialect_of(path: str) -> Dialect:
     """The dialect that a path's clients read: OpenAI's on every /v1 path, also mis-joined ones."""
     return "openai" if path.startswith("/v1") or path.endswith("/embeddings") else "tei"
+
+
+class _Outgoing:
+    """A connection's transport that can hold writes back, for them to leave in one system call."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def hold(self) -> None:
+        """Keep what is written from now on."""
+        self._held = []
+
+    def release(self) -> None:
+        """Write what was kept."""
+        held, self._held = self._held, None
+        if held:
+            self._transport.write(b"".join(held))
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep it."""
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def close(self) -> None:
+        """Close behind what was kept."""
+        self.release()
+        self._transport.close()
 
 
 class Protocol(HttpToolsProtocol):
@@ -44,8 +78,18 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the time from the first moment: a connection that sends nothing is closed too."""
-        super().connection_made(transport)
+        self._outgoing = _Outgoing(transport)
+        super().connection_made(self._outgoing)  # type: ignore[arg-type]
         self._arm(self.settings.header_timeout_s)
+
+    @contextlib.contextmanager
+    def one_write(self) -> Iterator[None]:
+        """Send an answer's headers and its body together: a second system call costs as much as parsing a request."""
+        self._outgoing.hold()
+        try:
+            yield
+        finally:
+            self._outgoing.release()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request's task, so that its texts are not run for nobody."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from m3e.aio import INLINE_CHARACTERS, JobAwaiter
 from m3e.bundle import Bundle
 from m3e.calibration import load_calibration
-from m3e.errors import ClosedError, InputError
+from m3e.errors import ClosedError, InputError, OverloadedError
 from m3e.scheduler import Scheduler
 from m3e.server.settings import Settings
 from m3e.server.worker import DEFAULT_COMMAND, Worker
@@ -142,6 +142,11 @@ class Models:
     def ready(self) -> bool:
         """Whether every bundle is open and its worker answers."""
         return len(self._models) == len(self._folders) and all(model.ready for model in self._models.values())
+
+    def overload(self) -> OverloadedError | None:
+        """What a request would be refused with now, whichever bundle it is for; None if it might be let in."""
+        refusals = [model.scheduler.overload() for model in self._models.values()]
+        return refusals[0] if refusals and all(refusals) else None
 
     def opened(self) -> list[Model]:
         """The bundles that are open."""

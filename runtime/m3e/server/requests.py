@@ -26,6 +26,7 @@ class Request:
     Attributes:
         timings_s: What the answer's headers will say: tokenization, queue, inference.
         tokens: The texts' tokens, once known.
+        n_tokens: All of them together.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Request:
     n_texts: int = 0
     timings_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     tokens: TokenIds | None = None
+    n_tokens: int = 0
     n_characters: int = 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3e.errors import InputError
+from m3e.plan import MAX_BATCH_TOKENS
 
 
 def _setting(default: Any, help_: str, *, at_least: float | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -27,10 +28,10 @@ class Settings:
     api_key_file: str = _setting("", "file with an accepted key a line; without it no key is asked for")
     precision: str = _setting("auto", "graph to run: auto, int8, fp32")
     threads: int = _setting(0, "threads for inference; 0 for what affinity and quota allow", at_least=0)
-    max_batch_tokens: int = _setting(1024, "tokens of a batch", at_least=1)
+    max_batch_tokens: int = _setting(MAX_BATCH_TOKENS, "tokens of a batch", at_least=1)
     max_queue_tokens: int = _setting(262144, "tokens that may wait; beyond, 429", at_least=1)
     max_queue_ms: float = _setting(
-        100.0, "predicted wait beyond which requests get 429; 64 may always wait; 0 for no bound", at_least=0
+        50.0, "predicted wait beyond which requests get 429; 64 may always wait; 0 for no bound", at_least=0
     )
     max_client_batch_size: int = _setting(2048, "texts of a request", at_least=1)
     max_request_tokens: int = _setting(300_000, "tokens of a request, after truncation", at_least=1)

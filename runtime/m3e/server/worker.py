@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -36,6 +37,9 @@ _DOUBT_FACTOR = 4
 _PATIENCE_FLOOR_S = 0.75
 _START_TIMEOUT_S = 120.0
 _RETRY_S = 0.5
+# Where processors are short the service goes before inference: what it does for a request is short, and a refusal that
+# waits its turn behind batches comes too late.
+_NICENESS = 5
 _SENTENCES, _TOKENS = b"s", b"t"
 _VECTORS, _ERROR = b"v", b"e"
 
@@ -202,6 +206,7 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
     # The service decides when this process ends; a signal to the whole group must not cut its batches short.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICENESS)
     channels = [Connection(number) for number in parsed.sockets]
     try:
         encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=parsed.threads)
