@@ -3,6 +3,8 @@ PYTHON ?= python3
 MODEL ?=
 ARGS ?=
 BIN = .venv/bin
+# The tests start hundreds of processes, which would compile the same modules again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-long test-soak test-interop test-frameworks check audit lock bench build clean gpu-check
 

@@ -90,6 +90,14 @@ def sentences() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def few_texts(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file to calibrate on quickly, where a test is not about the accuracy that comes of it."""
+    path = tmp_path_factory.mktemp("texts") / "few.txt"
+    path.write_text("\n".join(sentences[::20]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path | None:
     """Folder with the STS-B test sets, named by M3E_DATA_DIR; without it the tests use the shipped corpus alone."""
     name = os.environ.get("M3E_DATA_DIR")

@@ -61,7 +61,8 @@ def path(tmp_path: Path) -> list[str]:
 
 
 def program(path: list[str], code: str) -> str:
-    return f"import sys; sys.path[:] = {path!r}; {code}"
+    """As on a machine without PyTorch, whose import would take longer than all the rest."""
+    return f"import sys; sys.path[:] = {path!r}; sys.modules['torch'] = None; {code}"
 
 
 @pytest.mark.checkout

@@ -80,7 +80,7 @@ def test_the_server_gives_the_same_probabilities(calibrated: Path) -> None:
     encoder, texts = Encoder(calibrated), ["A cat is sleeping", "The cat sleeps", "What does the apple cost?"]
     vectors = encoder.encode(texts)
     inputs = {"source_sentence": texts[0], "sentences": texts[1:]}
-    with running(calibrated) as server:
+    with running(calibrated, "--max-batch-tokens", "64") as server:  # small, for a short warm-up
         cosines = server.post("/similarity", {"inputs": inputs}).json
         scores = server.post("/similarity", {"inputs": inputs, "parameters": {"calibrated": True}}).json
     np.testing.assert_allclose(cosines, encoder.similarity(vectors[0], vectors[1:])[0], atol=1e-6)

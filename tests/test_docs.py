@@ -34,8 +34,10 @@ PAGES = [
 ]  # fmt: skip
 SERVING = ["serving.md", pytest.param("zh/serving.md", marks=pytest.mark.long)]
 ROOTS = os.pathsep.join(str(Path(str(package.__file__)).parents[1]) for package in (m3e, m3e_export))
+# As where the extras that the pages name are installed: without PyTorch.
 M3E = """#!{python}
 import sys
+sys.modules["torch"] = None
 from importlib import metadata
 from types import SimpleNamespace
 import m3e.cli.main as cli
@@ -112,9 +114,9 @@ def test_every_block_runs(place: Path, page: str, minilm_encoder: Encoder) -> No
 
 
 @pytest.mark.parametrize("page", SERVING)
-def test_the_pages_about_the_service(place: Path, page: str, minilm_encoder: Encoder) -> None:
+def test_the_pages_about_the_service(place: Path, page: str, tiny_bundle: Path) -> None:
     """Their ``m3e serve`` goes on while the blocks after it run, on a port that is free here."""
-    shutil.copytree(minilm_encoder._folder, place / "bundles" / "m3e-base")
+    shutil.copytree(tiny_bundle, place / "bundles" / "m3e-base")
     moved: dict[str, str] = {}
     with contextlib.ExitStack() as servers:
         for language, code in blocks(page):

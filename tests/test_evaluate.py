@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,14 +41,15 @@ def test_the_certificate_of_each_graph_carries_the_figures(tiny_checkpoint: Path
 
 
 def test_ranking_that_is_lost_is_refused_or_accepted_and_recorded(
-    tiny_checkpoint: Path, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, few_texts: Path, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(certify, "_TOP10_OVERLAP", 1.0)
-    with pytest.raises(CertificateError, match=r"of the ten nearest neighbours.*--accept-accuracy"):
-        convert(str(tiny_checkpoint), tmp_path / "out", precisions=("int8",), evaluation=pairs)
-    manifest = convert(
-        str(tiny_checkpoint), tmp_path / "out", precisions=("int8",), evaluation=pairs, accept_accuracy=True
+    make = functools.partial(
+        convert, str(tiny_checkpoint), tmp_path / "out", precisions=("int8",), evaluation=pairs, calibration=few_texts
     )
+    with pytest.raises(CertificateError, match=r"of the ten nearest neighbours.*--accept-accuracy"):
+        make()
+    manifest = make(accept_accuracy=True)
     assert manifest.graphs[0].certificate is not None
     assert manifest.graphs[0].certificate.accepted
 

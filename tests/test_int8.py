@@ -23,6 +23,7 @@ from m3e_export.graph_tensorrt import fold_divisors
 from m3e_export.int8 import Int8Steps, quantize_rows
 from m3e_export.pipeline import convert
 from m3e_export.sources import fetch_checkpoint
+from tests.trust.models import tiny_bundle
 
 Array = np.ndarray[Any, Any]
 # What this processor has: on one without VNNI the exporter makes 7-bit weights.
@@ -30,10 +31,8 @@ HERE = cpu_features() or frozenset()
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("int8") / "tiny"
-    convert(str(tiny_checkpoint), target, precisions=("fp32", "int8"))
-    return target
+def bundle() -> Path:
+    return tiny_bundle()
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +148,11 @@ def test_no_token_depends_on_the_width_of_the_rectangle_to_the_last_bit(
         np.testing.assert_array_equal(beside, alone)
 
 
-def test_sites_that_are_kept_stay_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_that_are_kept_stay_fp32(
+    checkpoint: Checkpoint, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantize, "GOOD_MEAN", 1.1)  # never good enough: the last rung is taken
-    sites = quantize.quantize(checkpoint)
+    sites = quantize.quantize(checkpoint, sentences[::25])
     assert not any(name.endswith(".output") and "attention" not in name for name in sites)
     model = build_int8(checkpoint, sites)
     counts = {op: sum(node.op_type == op for node in model.graph.node) for op in ("Gemm", "MatMulIntegerToFloat")}
@@ -160,13 +161,14 @@ def test_sites_that_are_kept_stay_fp32(checkpoint: Checkpoint, monkeypatch: pyte
 
 
 def test_accuracy_beyond_the_tolerance_is_refused_or_accepted_and_recorded(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, few_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(certify.TOLERANCE, "int8", 1e-9)
+    make = functools.partial(convert, str(tiny_checkpoint), precisions=("int8",), calibration=few_texts)
     with pytest.raises(CertificateError, match="--accept-accuracy"):
-        convert(str(tiny_checkpoint), tmp_path / "refused", precisions=("int8",))
+        make(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-    manifest = convert(str(tiny_checkpoint), tmp_path / "taken", precisions=("int8",), accept_accuracy=True)
+    manifest = make(tmp_path / "taken", accept_accuracy=True)
     assert manifest.graphs[0].certificate is not None
     assert manifest.graphs[0].certificate.accepted
 

@@ -15,7 +15,10 @@ from m3e_export.pipeline import convert
 from m3e_export.sources import fetch_checkpoint
 from tests.hubs import MAIN, NEWER, OLDER, PICKLED, REPO, Hub, ModelScope, names, run, serving
 
+# As on a machine without PyTorch, whose import would take longer than all the rest.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
 CONVERT = str(Path(__file__).parents[1] / "export" / "convert.py")
+CONVERT_CODE = f"{WITHOUT_TORCH}import runpy; runpy.run_path({CONVERT!r}, run_name='__main__')"
 
 
 def fetch(
@@ -32,13 +35,14 @@ def fetch(
 @pytest.mark.checkout
 def test_an_id_converts_and_converts_again_from_the_cache(hub: Hub, tiny_bundle: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
-    done = run(tmp_path / "home", hub, CONVERT, REPO, "-o", str(first))
+    command = ["-c", CONVERT_CODE, REPO, "--precision", "fp32", "-o"]
+    done = run(tmp_path / "home", hub, *command, str(first))
     assert done.returncode == 0, done.stderr
     source = Encoder(first).manifest.source
     assert (source.id, source.revision) == (REPO, MAIN)
     assert (first / "onnx" / "model.onnx").read_bytes() == (tiny_bundle / "onnx" / "model.onnx").read_bytes()
     hub.stop()
-    done = run(tmp_path / "home", hub, CONVERT, REPO, "-o", str(again), offline=True)
+    done = run(tmp_path / "home", hub, *command, str(again), offline=True)
     assert done.returncode == 0, done.stderr
     assert (again / "manifest.json").read_bytes() == (first / "manifest.json").read_bytes()
 
@@ -46,7 +50,7 @@ def test_an_id_converts_and_converts_again_from_the_cache(hub: Hub, tiny_bundle:
 @pytest.mark.checkout
 def test_pickled_weights_of_a_revision_convert(hub: Hub, tiny_bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    done = run(tmp_path / "home", hub, CONVERT, PICKLED, "--revision", "v1", "-o", str(target))
+    done = run(tmp_path / "home", hub, CONVERT, PICKLED, "--revision", "v1", "--precision", "fp32", "-o", str(target))
     assert done.returncode == 0, done.stderr
     assert Encoder(target).manifest.source.revision == MAIN
     assert (target / "onnx" / "model.onnx").read_bytes() == (tiny_bundle / "onnx" / "model.onnx").read_bytes()
@@ -111,7 +115,8 @@ def test_a_model_of_modelscope_converts_and_is_found_again(
     modelscope: ModelScope, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     first = tmp_path / "first"
-    done = run(tmp_path / "home", modelscope, CONVERT, f"modelscope:{REPO}", "-o", str(first))
+    command = ["-c", CONVERT_CODE, f"modelscope:{REPO}", "--precision", "fp32", "-o", str(first)]
+    done = run(tmp_path / "home", modelscope, *command)
     assert done.returncode == 0, done.stderr
     assert set(modelscope.downloads) == names(tiny_checkpoint)
     source = Encoder(first).manifest.source

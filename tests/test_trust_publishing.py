@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,35 +46,39 @@ def newer(tiny_bundle: Path) -> dict[str, bytes]:
     return bundle_of(tiny_bundle, b"newer")
 
 
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A folder in memory where there is one: a process is killed here and not the machine, so no disk matters."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="m3e-publishing-", dir=memory) as folder:
+        yield Path(folder) / "work"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("case", ["no bundle before", "older bundle", "older bundle, no exchange"])
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])
 def test_a_fault_at_every_file_operation(
-    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str, case: str, step: int
+    work: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str, case: str, step: int
 ) -> None:
     before = None if case == "no bundle before" else older
-    n, failures = at_every_operation(
-        before, newer, tmp_path / "work", fault=fault, exchange="no exchange" not in case, step=step
-    )
+    n, failures = at_every_operation(before, newer, work, fault=fault, exchange="no exchange" not in case, step=step)
     assert failures == []
     assert n * step > 20
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_exporter_that_writes_in_place_is_caught(
-    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str
+    work: Path, older: dict[str, bytes], newer: dict[str, bytes], fault: str
 ) -> None:
-    n, failures = at_every_operation(older, newer, tmp_path / "work", fault=fault, step=1, publisher=publish_in_place)
+    n, failures = at_every_operation(older, newer, work, fault=fault, step=1, publisher=publish_in_place)
     assert len(failures) > n // 4  # the others are errors while it removes the older bundle, which it ignores
     assert "neither the older nor the newer" in failures[-1] or "not the older one" in failures[-1]
 
 
 @pytest.mark.parametrize("n_kills", [20, pytest.param(200, marks=pytest.mark.long)])
-def test_kills_at_random_moments(
-    tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n_kills: int
-) -> None:
-    assert at_random_moments(older, newer, tmp_path / "work", n_kills) == []
-    assert at_random_moments(older, newer, tmp_path / "work", 10, publisher=publish_in_place)  # the control
+def test_kills_at_random_moments(work: Path, older: dict[str, bytes], newer: dict[str, bytes], n_kills: int) -> None:
+    assert at_random_moments(older, newer, work, n_kills) == []
+    assert at_random_moments(older, newer, work, 10, publisher=publish_in_place)  # the control
 
 
 def publish_often(files: dict[str, bytes], target: Path, n: int) -> None:
@@ -84,9 +91,9 @@ def publish_often(files: dict[str, bytes], target: Path, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(300, marks=pytest.mark.long)])
-def test_exporters_at_once_do_not_mix(tmp_path: Path, older: dict[str, bytes], newer: dict[str, bytes], n: int) -> None:
+def test_exporters_at_once_do_not_mix(work: Path, older: dict[str, bytes], newer: dict[str, bytes], n: int) -> None:
     """A reader beside them sees one bundle or the other, or is refused; never files of both."""
-    target = tmp_path / "work" / "bundle"
+    target = work / "bundle"
     for name, data in older.items():
         write_file(target / name, data)
     context = multiprocessing.get_context("fork")

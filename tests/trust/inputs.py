@@ -138,7 +138,7 @@ def _make() -> Encoder:
 
 
 _DEFECTS = ("surrogates replaced", "empty texts dropped", "NaN now and then", "mask from ids")
-_FATAL = (("crash", _SHARD_TIMEOUT_S), ("hang", 10.0))
+_FATAL = (("crash", _SHARD_TIMEOUT_S), ("hang", 5.0))
 
 
 def measure_mutations(count: int) -> Outcome:
