@@ -112,6 +112,8 @@ def _candidates(encoder: onnx.ModelProto, types: dict[str, int]) -> list[onnx.No
         if learned.isdisjoint(floats):
             continue
         learned.update(name for name in node.output if types.get(name) == FLOAT)
+        if not types.keys() >= {*node.input, *node.output} - {""}:
+            continue  # of a type that onnx does not infer
         # Masks, which no text need have shown at their lowest, are added and computed from no weight.
         if node.op_type in (*_ARITHMETIC, *_MOVES) or (
             node.op_type in _SUMS and learned.union(constants).issuperset(floats)
