@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +19,31 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from benchmarks.checkpoints import write_json
 from m3e import Encoder
-from m3e.plan import attention_length, plan_batches
-from m3e.session import Session
-from m3e.tokenizer import Tokenizer
 from m3e_export import modules
 from m3e_export.builder import RECTANGLE, GraphBuilder
-from m3e_export.calibrate import calibrate
-from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.encoder_math import FARTHEST, FUNCTIONS, bias_by_distance
-from m3e_export.fit import Int8Site
 from m3e_export.graph import build_graph
-from m3e_export.int8 import Int8Steps, quantize_rows
 from m3e_export.pipeline import convert
 from m3e_export.pooling_graph import append_function
-from m3e_export.quantize import calibration_ids
 from m3e_export.reference import numpy_token_embeddings
-from m3e_export.sources import LocalCheckpoint
-from m3e_export.texts import corpus
-from tests.encoders import HIDDEN, KINDS, write_encoder, write_modules
+from tests.agreement import (
+    ARCHITECTURES,
+    POOLINGS,
+    TEXTS,
+    TOLERANCE,
+    UNIEM,
+    Array,
+    agree,
+    embedder,
+    encoder_folder,
+    hidden_states,
+    load,
+    unit,
+)
+from tests.encoders import HIDDEN, KINDS
 from tests.environments import ROOT
 
-Array = np.ndarray[Any, Any]
 PROVIDERS = ["CPUExecutionProvider"]
-
-ARCHITECTURES = ["bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "ernie"]
-# Poolings, and the modules behind them.
-POOLINGS: dict[str, tuple[list[str], str]] = {
-    "cls": (["cls"], ""),
-    "mean": (["mean"], ""),
-    "max": (["max"], ""),
-    "mean_sqrt_len_tokens": (["mean_sqrt_len_tokens"], ""),
-    "weightedmean": (["weightedmean"], ""),
-    "lasttoken": (["lasttoken"], ""),
-    "cls+max+mean": (["cls", "max", "mean"], ""),
-    "mean, Normalize": (["mean"], "Normalize"),
-    "cls, Dense, Normalize": (["cls"], "Dense:Tanh:48 Normalize"),
-    "mean+lasttoken, Normalize, Dense, Dense": (
-        ["mean", "lasttoken"],
-        "Normalize Dense:ReLU:96 Dense:Identity:32:nobias",
-    ),
-}
-UNIEM = ["first_last_mean", "embedding_last_mean"]
-TOLERANCE = 2e-6  # largest difference of a component of unit vectors
-MEAN_COSINE, MIN_COSINE = 0.9995, 0.999  # of int8
-
-TEXTS = [
-    "", "好", "<pad> a <pad><pad> b [PAD]", "今天天气真好，我们去公园散步吧。", "How do I reset my password? " * 3,
-    "合同约定的交货日期为3月15日，" * 9, "12,345 people watch on https://example.com/a?b=c " * 40,
-    *corpus("zh")[5::300], *corpus("en")[5::350],
-]  # fmt: skip
-
-
-@functools.cache
-def encoder_folder(kind: str) -> Path:
-    return write_encoder(Path(tempfile.mkdtemp()) / kind, kind)
 
 
 @functools.cache
@@ -83,69 +51,11 @@ def transformer(kind: str) -> Transformer:
     return Transformer(str(encoder_folder(kind)), max_seq_length=512)
 
 
-@functools.cache
-def hidden_states(kind: str) -> list[tuple[Array, Array, Array]]:
-    """Word embeddings, embeddings and last layer of each text by transformers, each text by itself."""
-    model: Any = transformers.AutoModel.from_pretrained(encoder_folder(kind))
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(encoder_folder(kind))
-    states = []
-    with torch.inference_mode():
-        for text in TEXTS:
-            ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids
-            found = model(ids, output_hidden_states=True).hidden_states
-            words = model.get_input_embeddings()(ids)
-            states.append((words[0].numpy(), found[0][0].numpy(), found[-1][0].numpy()))
-    return states
-
-
-def load(kind: str, pooling: list[str], head: str = "", *, include_prompt: bool = True) -> tuple[Path, Checkpoint]:
-    """A folder of the kind's encoder with these modules: the weights are the same file for all."""
-    folder = Path(tempfile.mkdtemp()) / "checkpoint"
-    folder.mkdir()
-    for file in encoder_folder(kind).iterdir():
-        os.link(file, folder / file.name)
-    if pooling[0] in UNIEM:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").unlink()
-        write_json(folder / "config.json", config | {"uniem_pooling_strategy": pooling[0]})
-    else:
-        write_modules(folder, pooling, head, include_prompt=include_prompt)
-    return folder, load_checkpoint(LocalCheckpoint(folder, kind, None))
-
-
-@functools.cache
-def sites(kind: str) -> dict[str, Int8Site]:
-    _, checkpoint = load(kind, ["mean"])
-    levels, scales = quantize_rows(checkpoint.tensors["embeddings.word_embeddings.weight"])
-    return calibrate(checkpoint, calibration_ids(checkpoint, None)[:80], levels * scales)[0]
-
-
-def embedder(kind: str, checkpoint: Checkpoint, precision: str) -> Callable[..., Array]:
-    """What `Encoder.encode` does, on a graph that is in no bundle."""
-    int8 = functools.partial(Int8Steps, sites=sites(kind), signed=True) if precision == "int8" else None
-    session = Session(build_graph(checkpoint, int8).SerializeToString(), num_threads=1)
-    tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
-
-    def embed(texts: list[str], prompt_length: int = 0) -> Array:
-        tokens = tokenizer(texts)
-        vectors = np.empty((len(texts), checkpoint.embedding_dim), np.float32)
-        for rows in plan_batches(tokens.n_tokens, 1024):
-            width = int(attention_length(tokens.n_tokens[rows]).max())
-            vectors[rows] = session.run([tokens.input_ids[row] for row in rows], width, prompt_length=prompt_length)
-        return vectors
-
-    return embed
-
-
-def unit(vectors: Array) -> Array:
-    rows: Array = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return rows
-
-
 def expected_vectors(kind: str, folder: Path, pooling: list[str], head: str) -> Array:
     if pooling[0] in UNIEM:  # uniem/model.py, FirstLastEmbedder and EmbeddingLastEmbedder
         other = 0 if pooling == ["embedding_last_mean"] else 1
-        return np.stack([(states[other].mean(axis=0) + states[2].mean(axis=0)) / 2 for states in hidden_states(kind)])
+        every = hidden_states(encoder_folder(kind))
+        return np.stack([(states[other].mean(axis=0) + states[2].mean(axis=0)) / 2 for states in every])
     parts: list[Any] = [transformer(kind), Pooling.load(str(folder / "1_Pooling"))]
     for i, name in enumerate(head.split(), 2):
         part = name.split(":")[0]
@@ -181,13 +91,7 @@ def test_it_is_pytorchs(kind: str, name: str, precision: str) -> None:
     embed = embedder(kind, checkpoint, precision)
     vectors = embed(TEXTS)
     assert vectors.shape == expected.shape == (len(TEXTS), checkpoint.embedding_dim)
-    if precision == "fp32":
-        assert np.abs(unit(vectors) - unit(expected)).max() <= TOLERANCE
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1), rtol=1e-5)
-    else:
-        cosines = (unit(vectors) * unit(expected)).sum(axis=1)
-        assert cosines.mean() >= MEAN_COSINE
-        assert cosines.min() >= MIN_COSINE
+    agree(vectors, expected, precision)
     some = range(0, len(TEXTS), 5)
     alone = np.concatenate([embed([TEXTS[i]]) for i in some])
     np.testing.assert_array_equal(alone, vectors[list(some)])

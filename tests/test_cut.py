@@ -118,15 +118,15 @@ def test_an_added_word_is_found_beyond_the_first_window(minilm_checkpoint: Path)
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_ten_megabytes(minilm_checkpoint: Path, flood: str) -> None:
-    """The bound is 50 ms (2 to 21 of processor time were measured); all of it takes seconds."""
+    """At most 50 ms of processor time (2 to 21 were measured); all of it takes seconds."""
     tokenizer = Tokenizer(read_tokenizer(minilm_checkpoint, 30522), 512)
     text = flood * (10 * MIB // len(flood.encode()))
     short = tokenizer([text[:300_000]])
     took_s = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         tokens = tokenizer([text])
-        took_s.append(time.perf_counter() - begin)
+        took_s.append(time.process_time() - begin)
     assert tokens.input_ids == short.input_ids
     assert tokens.n_tokens.tolist() == short.n_tokens.tolist()
-    assert min(took_s) < 0.2
+    assert min(took_s) < 0.05

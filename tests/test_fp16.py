@@ -34,7 +34,7 @@ from m3e_export.pipeline import convert
 from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.reference import reference_embeddings
 from m3e_export.sources import fetch_checkpoint
-from tests.test_architectures import ARCHITECTURES, POOLINGS, TEXTS, UNIEM, load
+from tests.agreement import ARCHITECTURES, POOLINGS, TEXTS, UNIEM, load
 
 Array = np.ndarray[Any, Any]
 # What FP16 may cost: cosine, and a component of unit vectors.

@@ -12,24 +12,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.checkpoints import write_json
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.modules import UNIEM_POOLINGS
 from m3e_export.sources import LocalCheckpoint
+from tests.agreement import TEXTS, TOLERANCE, agree, embedder, encoder_folder, hidden_states, unit
 from tests.encoders import HIDDEN, write_modules
 from tests.environments import ROOT
-from tests.test_architectures import (
-    MEAN_COSINE,
-    MIN_COSINE,
-    TEXTS,
-    TOLERANCE,
-    embedder,
-    encoder_folder,
-    unit,
-)
 
 INSTRUCTION = "为这个句子生成表示以用于检索相关文章："
 HEAD = {"cls.predictions.bias": torch.zeros(3), "cls.seq_relationship.weight": torch.zeros(2, HIDDEN)}
@@ -133,20 +124,6 @@ def pool(words: Any, first: Any, last: Any, how: str) -> Any:
     return unit(vector) if normalised else vector
 
 
-def expected_vectors(folder: Path, how: str) -> Any:
-    """By transformers, which reads the folder by itself, each text by itself."""
-    model: Any = transformers.AutoModel.from_pretrained(folder)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    vectors = []
-    with torch.inference_mode():
-        for text in TEXTS:
-            ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids
-            states = model(ids, output_hidden_states=True).hidden_states
-            words = model.get_input_embeddings()(ids)
-            vectors.append(pool(words[0].numpy(), states[0][0].numpy(), states[-1][0].numpy(), how))
-    return np.stack(vectors)
-
-
 def rows() -> list[Any]:
     """Every layout in both precisions; by default FP32 of five in each row of the page, and INT8 of the first."""
     return [
@@ -162,14 +139,8 @@ def rows() -> list[Any]:
 def test_it_gives_transformers_vectors(layout: Layout, precision: str, tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "checkpoint", layout)
     vectors = embedder(layout.kind, checkpoint, precision)(TEXTS)
-    expected = expected_vectors(tmp_path / "checkpoint", layout.pooling)
-    if precision == "fp32":
-        assert np.abs(unit(vectors) - unit(expected)).max() <= TOLERANCE
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1), rtol=1e-5)
-    else:
-        cosines = (unit(vectors) * unit(expected)).sum(axis=1)
-        assert cosines.mean() >= MEAN_COSINE
-        assert cosines.min() >= MIN_COSINE
+    expected = np.stack([pool(*states, layout.pooling) for states in hidden_states(tmp_path / "checkpoint")])
+    agree(vectors, expected, precision)
 
 
 def test_a_bge_prompt_is_sentence_transformers_prompt(tmp_path: Path) -> None:

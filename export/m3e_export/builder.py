@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,3 +121,19 @@ class GraphBuilder:
         )
         onnx.checker.check_model(model)
         return model
+
+
+def reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Names of the values that nodes read, in their branches too."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from reads(attribute.g.node)
+
+
+def rename_inputs(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    """Let nodes read other values, in their branches too."""
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            rename_inputs(attribute.g.node, names)

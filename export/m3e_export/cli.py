@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         help="what they are to run on (default: cpu, whose fp32 graph runs with CUDA too)",
     )
     parser.add_argument("--frontend", choices=["builder", "optimum"], default="builder",
-                        help="builder (default) knows BERT and its kin, optimum traces others, for cpu")  # fmt: skip
+                        help="builder (default) knows BERT and its kin, optimum traces others")  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=int, metavar="N", help="longest text in tokens (default: the checkpoint's)"
     )

@@ -1,8 +1,8 @@
-"""A CUDA graph on a machine without a GPU: its kernels, written out in standard operators.
+"""A GPU's graph on a machine without one: kernels written out in standard operators, computed in FP32.
 
-Each of onnxruntime's CUDA kernels becomes the arithmetic that it does, in FP32 and rounded where it stores: what the
-exporter certifies is the very file that will be published. Standard operators that compute are written out in the same
-way: the CPU provider would compute them in FP32 too, and leave out a rounding where it sees two casts in a row.
+Each of onnxruntime's CUDA kernels becomes the arithmetic that it does, and whatever reads FP16 computes in FP32 and is
+rounded where it stores: what the exporter certifies is the very file that will be published. The casts stand in the
+graph, because those that the CPU provider adds by itself leave out a rounding where it sees two in a row.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from m3e.cpu import available_threads
 from m3e.feeds import pack, rectangle
 from m3e.session import Session
 from m3e_export.builder import CONTRIB, GraphBuilder
-from m3e_export.fp16 import FLOAT
+from m3e_export.fp16 import FLOAT, FLOAT16
 
 
-def emulated_session(data: bytes, target: str) -> Session:
+def emulated_session(data: bytes) -> Session:
     """Open a graph for cuda or tensorrt on the CPU.
 
     Args:
         data: The ONNX file's bytes.
-        target: ``cuda`` or ``tensorrt``.
     """
-    lay_out = {"cuda": pack, "tensorrt": rectangle}[target]
-    rewritten = emulate(onnx.load_from_string(data)).SerializeToString()
+    model = onnx.load_from_string(data)
+    lay_out = pack if "token_offset" in {item.name for item in model.graph.input} else rectangle
+    rewritten = emulate(model).SerializeToString()
     return Session(rewritten, num_threads=available_threads(), feed=lambda input_ids, _: lay_out(input_ids))
 
 
@@ -42,6 +42,14 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
     Returns:
         The same function in standard operators, checked by onnx with its types and shapes.
     """
+    standard = model
+    if any(node.domain == CONTRIB for node in model.graph.node):
+        standard = _write_out_kernels(model)
+    return _compute_in_fp32(standard)
+
+
+def _write_out_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace onnxruntime's kernels; each is computed in FP32 and rounded to what its first input is."""
     inputs = {}
     for item in model.graph.input:
         tensor = item.type.tensor_type
@@ -55,10 +63,8 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
             continue  # the Identity that gives an output its name: the builder adds its own
         arguments = [names[name] for name in node.input]
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        if node.domain == CONTRIB or node.op_type in _ARITHMETIC:
-            exact = [_float(b, name) for name in arguments]
-            kernel = _KERNELS.get(node.op_type)
-            result = kernel(b, *exact, **attributes) if kernel else b.op(node.op_type, *exact, **attributes)
+        if node.domain == CONTRIB:
+            result = _KERNELS[node.op_type](b, *[_float(b, name) for name in arguments], **attributes)
             names[node.output[0]] = b.op("CastLike", result, arguments[0])
         else:
             names[node.output[0]] = b.op(node.op_type, *arguments, **attributes)
@@ -66,8 +72,38 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
     for node, item in zip(model.graph.node[-len(model.graph.output) :], model.graph.output, strict=True):
         shape = item.type.tensor_type.shape
         outputs[item.name] = names[node.input[0]], [size.dim_param or size.dim_value for size in shape.dim]
-    rewritten = b.finish(outputs)
-    onnx.shape_inference.infer_shapes(rewritten, check_type=True, strict_mode=True)
+    return b.finish(outputs)
+
+
+def _compute_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let every node that reads FP16 read FP32, and round what it makes.
+
+    Args:
+        model: A graph of standard operators; branches of an If read no FP16.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True)
+    half = {item.name for item in inferred.graph.value_info if item.type.tensor_type.elem_type == FLOAT16}
+    half |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == FLOAT16}
+    rewritten = onnx.ModelProto()
+    rewritten.CopyFrom(model)
+    del rewritten.graph.node[:]
+    exact: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Cast", "CastLike") or half.isdisjoint(node.input):
+            rewritten.graph.node.append(node)
+            continue
+        for name in half.intersection(node.input).difference(exact):
+            exact[name] = f"{name}/fp32"
+            rewritten.graph.node.append(helper.make_node("Cast", [name], [exact[name]], to=FLOAT))
+        stored = [name for name in node.output if name in half]
+        computing = rewritten.graph.node.add()
+        computing.CopyFrom(node)
+        computing.input[:] = [exact.get(name, name) for name in node.input]
+        computing.output[:] = [f"{name}/unrounded" if name in half else name for name in node.output]
+        for name in stored:
+            rewritten.graph.node.append(helper.make_node("Cast", [f"{name}/unrounded"], [name], to=FLOAT16))
+    onnx.checker.check_model(rewritten)
+    onnx.shape_inference.infer_shapes(rewritten, check_type=True)
     return rewritten
 
 
@@ -141,7 +177,6 @@ def _packed_attention(
     return b.op("Gather", flat, _places(b, query, token_offset))
 
 
-_ARITHMETIC = ("Add", "Gelu", "Gemm", "MatMul", "Mul", "Relu", "Sigmoid")
 _KERNELS: dict[str, Callable[..., str]] = {
     "BiasGelu": _bias_gelu,
     "FastGelu": _fast_gelu,

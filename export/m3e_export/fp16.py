@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from m3e.feeds import Feeds, rectangle
 from m3e.session import import_onnxruntime
 from m3e_export.builder import GraphBuilder
 from m3e_export.checkpoint import Checkpoint, position_rows
@@ -80,6 +81,9 @@ class GpuPoolingNodes(PoolingNodes):
         builder: The graph.
         rectangle: Any value (batch, seq_len), of int32.
         lengths: Tokens of each text, int32 (batch,).
+
+    Attributes:
+        attention_mask: int64 (batch, seq_len), 1 for real tokens.
     """
 
     def __init__(self, builder: HalfBuilder, rectangle: str, lengths: str) -> None:
@@ -87,7 +91,8 @@ class GpuPoolingNodes(PoolingNodes):
         ones = builder.op("Cast", builder.op("Equal", rectangle, rectangle), to=INT32)
         places = builder.op("CumSum", ones, builder.const("one", 1, np.int64))
         inside = builder.op("LessOrEqual", places, builder.op("Unsqueeze", lengths, builder.int64(1)))
-        super().__init__(builder, "", mask=builder.op("Cast", inside, to=onnx.TensorProto.INT64))
+        self.attention_mask = builder.op("Cast", inside, to=onnx.TensorProto.INT64)
+        super().__init__(builder, "", mask=self.attention_mask)
 
     def _sum(self, tokens: str, weights: str) -> str:
         weighted = self._builder.op(
@@ -118,16 +123,18 @@ def choose_fp32_sites(
     peaks: dict[str, list[float]] = defaultdict(list)
     for site, tensors in _weights_by_site(checkpoint).items():
         peaks[site] += [float(np.abs(tensor).max()) for tensor in tensors]
-    for site, value in _measure(model, watched, input_ids):
+    found = measure(model, [value for _, value in watched], (rectangle([ids]) for ids in input_ids))
+    for (site, _), value in zip(watched, found, strict=True):
         peaks[site].append(value)
-    outside = {}
-    for site, values in peaks.items():
-        # A value that is zero throughout is held exactly.
-        if max(values) > LARGEST:
-            outside[site] = max(values)
-        elif any(0 < value < SMALLEST for value in values):
-            outside[site] = min(value for value in values if value)
-    return outside
+    return {site: value for site, values in peaks.items() if (value := beyond(values))}
+
+
+def beyond(peaks: Collection[float]) -> float:
+    """The farthest of some peaks that FP16 cannot hold; zero where it holds all."""
+    if max(peaks, default=0) > LARGEST:
+        return max(peaks)
+    # A value that is zero throughout is held exactly.
+    return min((value for value in peaks if 0 < value < SMALLEST), default=0)
 
 
 def sites_of(checkpoint: Checkpoint) -> list[str]:
@@ -166,12 +173,10 @@ def _weights_by_site(checkpoint: Checkpoint) -> dict[str, list[npt.NDArray[np.fl
     return weights
 
 
-def _measure(
-    model: onnx.ModelProto, watched: Sequence[tuple[str, str]], input_ids: Sequence[Sequence[int]]
-) -> list[tuple[str, float]]:
-    """Largest absolute value of each watched value over the texts; infinite where one was not finite."""
+def measure(model: onnx.ModelProto, values: Sequence[str], batches: Iterable[Feeds]) -> list[float]:
+    """Largest absolute value of each value of a graph over batches; infinite where one was not finite."""
     names = []
-    for i, (_, value) in enumerate(watched):
+    for i, value in enumerate(values):
         model.graph.node.append(helper.make_node("Abs", [value], [f"abs_{i}"]))
         model.graph.node.append(helper.make_node("ReduceMax", [f"abs_{i}"], [f"peak_{i}"], keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(f"peak_{i}", FLOAT, []))
@@ -181,7 +186,6 @@ def _measure(
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     peaks = np.zeros(len(names))
-    for ids in input_ids:
-        feeds = {"input_ids": np.array([ids], np.int32), "lengths": np.array([len(ids)], np.int32)}
+    for feeds in batches:
         peaks = np.maximum(peaks, [float(np.nan_to_num(peak, nan=np.inf)) for peak in session.run(names, feeds)])
-    return [(site, float(peak)) for (site, _), peak in zip(watched, peaks, strict=True)]
+    return [float(peak) for peak in peaks]

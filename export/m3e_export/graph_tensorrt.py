@@ -59,7 +59,7 @@ def build_watched(
     words = steps.words()
     first, *_, last = hidden_states(steps, checkpoint.config, words)
     builder.scope("pooling")
-    pooling = _RectanglePooling(builder)
+    pooling = RectanglePooling(builder)
     vectors = pooling.pool(checkpoint.pooling, words.name, first.name, last.name)
     vectors = append_head(builder, checkpoint.head, vectors)
     model = builder.finish({"sentence_embedding": (vectors, ["batch", checkpoint.embedding_dim])})
@@ -214,7 +214,7 @@ class TensorrtSteps:
         return outputs
 
 
-class _RectanglePooling(GpuPoolingNodes):
+class RectanglePooling(GpuPoolingNodes):
     """Poolings of tokens (batch, seq_len, width)."""
 
     def __init__(self, builder: HalfBuilder) -> None:

@@ -24,7 +24,10 @@ from m3e_export.graph_cuda import build_cuda_graph
 from m3e_export.graph_tensorrt import build_tensorrt_graph
 from m3e_export.int8 import Int8Steps
 from m3e_export.layout import write
+from m3e_export.optimum_frontend import build_traced_gpu_graph, build_traced_graph
 from m3e_export.texts import GOLDEN_TEXTS
+from m3e_export.traced_fp16 import to_fp16
+from m3e_export.traced_int8 import to_int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +67,16 @@ KINDS = (
 )
 
 
-def choose_kinds(precisions: Sequence[str], targets: Sequence[str], cpus: Sequence[str] | None) -> list[Kind]:
+def choose_kinds(
+    precisions: Sequence[str], targets: Sequence[str], cpus: Sequence[str] | None, *, traced: bool = False
+) -> list[Kind]:
     """Find the graphs to make: every pair of precision and target that there is a graph for.
 
     Args:
         precisions: What was asked for.
         targets: What they are to run on.
         cpus: Processors to make int8 graphs for; None for one like this.
+        traced: Whether the graphs are made of a traced encoder, which is quantised for the CPU alone.
 
     Raises:
         ExportError: A precision or a target that is left without a graph; or a processor that this one is not: its
@@ -86,15 +92,19 @@ def choose_kinds(precisions: Sequence[str], targets: Sequence[str], cpus: Sequen
             "anywhere"
         )
     cpus = able[:1] if cpus is None else cpus
+    able_kinds = [kind for kind in KINDS if not (traced and (kind.precision, kind.target) == ("int8", "tensorrt"))]
     kinds = [
-        kind for kind in KINDS if kind.precision in precisions and kind.target in targets and kind.cpu in ("", *cpus)
+        kind
+        for kind in able_kinds
+        if kind.precision in precisions and kind.target in targets and kind.cpu in ("", *cpus)
     ]
-    known = ", ".join(dict.fromkeys(f"{kind.precision} for {kind.target}" for kind in KINDS))
+    known = ", ".join(dict.fromkeys(f"{kind.precision} for {kind.target}" for kind in able_kinds))
     made = {name for kind in kinds for name in (kind.precision, kind.target)}
     for noun, asked in (("precision", precisions), ("target", targets)):
         for name in asked:
             if name not in made:
-                raise ExportError(f"{noun} {name} is left without a graph; there are {known}")
+                frontend = " with --frontend optimum" if traced else ""
+                raise ExportError(f"{noun} {name} is left without a graph; there are{frontend} {known}")
     return kinds
 
 
@@ -121,6 +131,7 @@ def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
 
 def build_model(
     checkpoint: Checkpoint,
+    encoder: onnx.ModelProto | None,
     kind: Kind,
     int8_sites: Mapping[str, Int8Site] | None,
     fp32_sites: Sequence[str],
@@ -131,11 +142,17 @@ def build_model(
 
     Args:
         checkpoint: The model.
+        encoder: Its encoder as `optimum_frontend.trace_encoder` has traced it; None to build it from the weights.
         kind: Which graph.
         int8_sites: What calibration made, for an int8 graph.
         fp32_sites: What FP16 cannot hold, for a GPU's graph.
         with_token_embeddings: Also output ``last_hidden_state``; graphs for a GPU have none.
     """
+    if encoder is not None:
+        if kind.target != "cpu":
+            return build_traced_gpu_graph(to_fp16(encoder, fp32_sites), checkpoint)
+        exact = build_traced_graph(encoder, checkpoint, with_token_embeddings=with_token_embeddings)
+        return exact if int8_sites is None else to_int8(exact, int8_sites)
     if kind.target == "cuda":
         return build_cuda_graph(checkpoint, fp32_sites)
     if kind.target == "tensorrt":
@@ -157,7 +174,7 @@ def write_graph(
     on_gpu = kind.target != "cpu"
     data = model.SerializeToString(deterministic=True)
     write(folder / kind.file, data)
-    session = emulated_session(data, kind.target) if on_gpu else Session(data, num_threads=1)
+    session = emulated_session(data) if on_gpu else Session(data, num_threads=1)
     tokens = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)(GOLDEN_TEXTS)
     golden = np.concatenate([session.run([ids]) for ids in tokens.input_ids])
     return Graph(

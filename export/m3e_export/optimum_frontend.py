@@ -5,9 +5,9 @@ The traced part computes on padding too and keeps the exporter's operators, so i
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from onnx import helper
 
 from m3e.errors import CheckpointError, DependencyError
 from m3e_export.architectures import DECODER, EncoderConfig, refusals
-from m3e_export.builder import OPSET, RECTANGLE, GraphBuilder
+from m3e_export.builder import OPSET, RECTANGLE, GraphBuilder, rename_inputs
 from m3e_export.checkpoint import Checkpoint
 from m3e_export.files import read_json
+from m3e_export.fp16 import INT32, HalfBuilder
 from m3e_export.graph import masked_cells, pack
+from m3e_export.graph_tensorrt import RectanglePooling
 from m3e_export.pooling import AVERAGED
 from m3e_export.pooling_graph import PoolingNodes, append_head
 
@@ -79,18 +81,19 @@ def read_config(folder: Path) -> EncoderConfig:
         ) from error
 
 
-def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) -> onnx.ModelProto:
-    """Trace an encoder and append its pooling.
+def trace_encoder(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """Trace an encoder.
 
     Args:
         checkpoint: Where the encoder lies, and how its tokens are pooled.
-        with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
 
     Returns:
-        A model with the inputs and outputs of `m3e_export.graph.build_graph`.
+        A model with inputs ``input_ids`` and ``attention_mask``, int64 (batch, seq_len), and one output, float32
+        (batch, seq_len, hidden). Its names begin with ``encoder/``.
 
     Raises:
-        CheckpointError: optimum cannot export the architecture, or it needs other inputs than token ids.
+        CheckpointError: optimum cannot export the architecture, it needs other inputs than token ids, or the pooling
+            needs more than its output.
         DependencyError: optimum is not installed.
     """
     unknown = [name for name in checkpoint.pooling if name in AVERAGED]
@@ -99,18 +102,35 @@ def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
             f"--frontend optimum has the last layer's output alone, uniem's pooling {', '.join(unknown)} needs more"
         )
     traced = _name_constants(onnx.compose.add_prefix(_trace(checkpoint.folder), "encoder/", rename_inputs=False))
-    inputs = [value.name for value in traced.graph.input]
-    others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
+    inputs = {value.name: value for value in traced.graph.input}
+    others = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
     if others:
         raise CheckpointError(f"the traced encoder needs {', '.join(sorted(others))}; supported are token ids alone")
-    builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
     if "token_type_ids" in inputs:  # one segment
-        builder.include([helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"])], [])
-    builder.include(traced.graph.node, traced.graph.initializer)
+        traced.graph.input.remove(inputs["token_type_ids"])
+        traced.graph.node.insert(0, helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"]))
+    return traced
+
+
+def build_traced_graph(
+    encoder: onnx.ModelProto, checkpoint: Checkpoint, *, with_token_embeddings: bool = False
+) -> onnx.ModelProto:
+    """Append the pooling to a traced encoder.
+
+    Args:
+        encoder: What `trace_encoder` has made.
+        checkpoint: How its tokens are pooled.
+        with_token_embeddings: Also output ``last_hidden_state`` (batch, seq_len, hidden), zero at pads.
+
+    Returns:
+        A model with the inputs and outputs of `m3e_export.graph.build_graph`.
+    """
+    builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
+    builder.include(encoder.graph.node, encoder.graph.initializer)
     packing, _, _ = pack(builder, None)
     builder.scope("pooling")
     hidden_size = checkpoint.config.hidden_size
-    flat = builder.op("Reshape", traced.graph.output[0].name, builder.int64(-1, hidden_size))
+    flat = builder.op("Reshape", encoder.graph.output[0].name, builder.int64(-1, hidden_size))
     tokens = builder.op("Gather", flat, packing.token_index)
     pooling = PoolingNodes(builder, packing.cell_index, include_prompt=checkpoint.include_prompt)
     vectors = append_head(builder, checkpoint.head, pooling.pool(checkpoint.pooling, tokens, tokens, tokens))
@@ -120,6 +140,28 @@ def trace_graph(checkpoint: Checkpoint, *, with_token_embeddings: bool = False) 
     if with_token_embeddings:
         outputs["last_hidden_state"] = (masked_cells(builder, tokens, packing), ["batch", "seq_len", hidden_size])
     return builder.finish(outputs)
+
+
+def build_traced_gpu_graph(encoder: onnx.ModelProto, checkpoint: Checkpoint) -> onnx.ModelProto:
+    """Append the pooling, in FP32, to a traced encoder that may be in FP16.
+
+    Args:
+        encoder: What `traced_fp16.to_fp16` has made.
+        checkpoint: How its tokens are pooled.
+
+    Returns:
+        A model of standard operators with the inputs and the output of `graph_tensorrt.build_tensorrt_graph`.
+    """
+    builder = HalfBuilder({"input_ids": (INT32, ["batch", "seq_len"]), "lengths": (INT32, ["batch"])}, ())
+    builder.scope("pooling")
+    pooling = RectanglePooling(builder)
+    nodes = copy.deepcopy(list(encoder.graph.node))
+    ids = builder.op("Cast", "input_ids", to=onnx.TensorProto.INT64)
+    rename_inputs(nodes, {"input_ids": ids, "attention_mask": pooling.attention_mask})
+    builder.include(nodes, encoder.graph.initializer)
+    tokens = encoder.graph.output[0].name
+    vectors = append_head(builder, checkpoint.head, pooling.pool(checkpoint.pooling, tokens, tokens, tokens))
+    return builder.finish({"sentence_embedding": (vectors, ["batch", checkpoint.embedding_dim])})
 
 
 def _trace(folder: Path) -> onnx.ModelProto:
@@ -161,14 +203,7 @@ def _name_constants(model: onnx.ModelProto) -> onnx.ModelProto:
             names[node.output[0]] = node.input[0]
         else:
             nodes.append(node)
-    _rename_inputs(nodes, names)
+    rename_inputs(nodes, names)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
-
-
-def _rename_inputs(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
-    for node in nodes:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        for attribute in node.attribute:
-            _rename_inputs(attribute.g.node, names)

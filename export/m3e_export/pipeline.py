@@ -47,7 +47,8 @@ from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.reference import reference_name
 from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
 from m3e_export.texts import GOLDEN_TEXTS, range_texts
-from m3e_export.traced_int8 import quantize_traced, to_int8
+from m3e_export.traced_fp16 import choose_fp32_nodes
+from m3e_export.traced_int8 import quantize_traced
 
 # Bytes of a graph for each byte of the FP32 weights: int8 has a quarter of them, or more where layers stay FP32.
 _SHARE = {"fp32": 1.1, "int8": 0.6, "fp16": 0.7}
@@ -83,7 +84,7 @@ def convert(
         precisions: ``fp32``, ``int8``, ``fp16``.
         targets: ``cpu``, ``cuda``, ``tensorrt``; each pair of the two that there is a graph for is built.
         frontend: ``builder`` writes the graphs of the encoders that it knows from their weights; ``optimum`` traces any
-            other, for the CPU.
+            other.
         max_seq_length: Longest input in tokens; None for the checkpoint's own.
         normalize: Unit length inside the graph; None for the checkpoint's own.
         with_token_embeddings: Also output ``last_hidden_state``.
@@ -103,13 +104,8 @@ def convert(
         ExportError: The checkpoint, the target or the result is not as it must be; nothing was published.
         DependencyError: A package is missing.
     """
-    kinds = choose_kinds(precisions, targets, cpus)
     traced = frontend == "optimum"
-    if traced and any(kind.target != "cpu" for kind in kinds):
-        raise ExportError(
-            "--frontend optimum makes graphs for the CPU, fp32 and int8: what FP16 cannot hold of an unknown encoder "
-            "is not known. Use --target cpu, whose fp32 graph runs with CUDA too"
-        )
+    kinds = choose_kinds(precisions, targets, cpus, traced=traced)
     check_target(target, force)
     texts = None if calibration is None else _read_texts(calibration)
     pairs = [] if evaluation is None else read_pairs(evaluation)
@@ -121,28 +117,23 @@ def convert(
         check_kind(loaded, kind)
     if traced:
         report("tracing the encoder")
-    exact = optimum_frontend.trace_graph(loaded, with_token_embeddings=with_token_embeddings) if traced else None
+    encoder = optimum_frontend.trace_encoder(loaded) if traced else None
     weights_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
     needed_bytes = int(sum(_SHARE[kind.precision] for kind in kinds) * weights_bytes) + (8 << 20)
     with staged(target, needed_bytes) as folder:
         write_layout(loaded, folder)
         on_gpu = any(kind.target != "cpu" for kind in kinds)
-        fp32_sites = _fp32_sites(loaded, texts, report) if on_gpu else ()
+        fp32_sites = _fp32_sites(loaded, encoder, texts, report) if on_gpu else ()
         sites_by_level: dict[int, dict[str, Int8Site]] = {}
         graphs = []
         for kind in kinds:
             if kind.precision == "int8" and kind.max_level not in sites_by_level:
-                sites_by_level[kind.max_level] = (
-                    quantize(loaded, texts, max_level=kind.max_level, report=report)
-                    if exact is None
-                    else quantize_traced(exact, calibration_ids(loaded, texts), max_level=kind.max_level, report=report)
-                )
+                sites_by_level[kind.max_level] = _int8_sites(loaded, encoder, texts, kind.max_level, report)
             int8_sites = sites_by_level[kind.max_level] if kind.precision == "int8" else None
             report(f"building the {kind.precision} graph for {kind.cpu or kind.target}")
-            if exact is None:
-                model = build_model(loaded, kind, int8_sites, fp32_sites, with_token_embeddings=with_token_embeddings)
-            else:
-                model = exact if int8_sites is None else to_int8(exact, int8_sites)
+            model = build_model(
+                loaded, encoder, kind, int8_sites, fp32_sites, with_token_embeddings=with_token_embeddings
+            )
             graph = write_graph(loaded, folder, kind, model, int8_sites=int8_sites or {}, fp32_sites=fp32_sites)
             graphs.append(dataclasses.replace(graph, batch_invariant=graph.batch_invariant and not traced))
         manifest = _describe(loaded, folder, graphs)
@@ -158,12 +149,33 @@ def convert(
     return manifest
 
 
-def _fp32_sites(checkpoint: Checkpoint, texts: Sequence[str] | None, report: Callable[[str], None]) -> tuple[str, ...]:
-    """Find what FP16 cannot hold."""
+def _int8_sites(
+    checkpoint: Checkpoint,
+    encoder: onnx.ModelProto | None,
+    texts: Sequence[str] | None,
+    max_level: int,
+    report: Callable[[str], None],
+) -> dict[str, Int8Site]:
+    if encoder is None:
+        return quantize(checkpoint, texts, max_level=max_level, report=report)
+    exact = optimum_frontend.build_traced_graph(encoder, checkpoint)
+    return quantize_traced(exact, calibration_ids(checkpoint, texts), max_level=max_level, report=report)
+
+
+def _fp32_sites(
+    checkpoint: Checkpoint,
+    encoder: onnx.ModelProto | None,
+    texts: Sequence[str] | None,
+    report: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Find what FP16 cannot hold of a checkpoint, or of its traced encoder."""
     input_ids = calibration_ids(checkpoint, texts)
     counts = np.cumsum([len(ids) for ids in input_ids])
     report("looking for values beyond FP16")
-    outside = choose_fp32_sites(checkpoint, input_ids[: int(np.searchsorted(counts, _FP16_TOKENS)) + 1], build_watched)
+    some = input_ids[: int(np.searchsorted(counts, _FP16_TOKENS)) + 1]
+    outside = (
+        choose_fp32_sites(checkpoint, some, build_watched) if encoder is None else choose_fp32_nodes(encoder, some)
+    )
     for site, value in outside.items():
         report(f"{site} stays FP32: its values reach {value:.3g}")
     return tuple(outside)
@@ -246,7 +258,7 @@ def _encode_function(folder: Path, graph: Graph, checkpoint: Checkpoint) -> Enco
     if graph.target == "cpu":
         encoder = Encoder(folder, precision=graph.file)
         return lambda texts: encoder.encode(texts, prompt="")
-    session = emulated_session((folder / graph.file).read_bytes(), graph.target)
+    session = emulated_session((folder / graph.file).read_bytes())
     tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -20,7 +20,7 @@ from m3e.feeds import Feeds, pad
 from m3e.progress import progress_bar
 from m3e.session import import_onnxruntime
 from m3e.vectors import normalize as unit_rows
-from m3e_export.builder import CONTRIB, GraphBuilder
+from m3e_export.builder import CONTRIB, GraphBuilder, reads
 from m3e_export.fit import Float32Array, Int8Site, fit_site
 from m3e_export.int8 import append_rows, append_site, quantize_rows
 from m3e_export.quantize import GOOD_MEAN, GOOD_MIN
@@ -55,7 +55,7 @@ def quantize_traced(
     blocks, as `quantize.LADDER` has it.
 
     Args:
-        model: The graph that `optimum_frontend.trace_graph` has made.
+        model: The graph that `optimum_frontend.build_traced_graph` has made.
         input_ids: Token ids of the calibration texts.
         max_level: Largest absolute weight level.
         report: Called with a line of text at each step.
@@ -88,7 +88,7 @@ def to_int8(model: onnx.ModelProto, sites: Mapping[str, Int8Site]) -> onnx.Model
     quantized.CopyFrom(model)
     del quantized.graph.node[:], quantized.graph.initializer[:]
     quantized.graph.node.extend(made.nodes)
-    read = {*_reads(made.nodes), *(item.name for item in model.graph.input)}
+    read = {*reads(made.nodes), *(item.name for item in model.graph.input)}
     quantized.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
     quantized.graph.initializer.extend(made.initializers.values())
     quantized.opset_import.append(helper.make_opsetid(CONTRIB, 1))
@@ -105,7 +105,7 @@ def _calibrate(
     sites: dict[str, Int8Site] = {}
     with progress_bar(sum(bool(step.site) for step in steps), "site") as progress:
         for i, step in enumerate(steps):
-            needed = {OUTPUT, *(name for later in steps[i + 1 :] for name in _reads(later.nodes))}
+            needed = {OUTPUT, *(name for later in steps[i + 1 :] for name in reads(later.nodes))}
             if step.site:
                 weights = [matrices[node.input[1]] for node in step.nodes]
                 if narrowing or sum(weight.shape[1] for weight in weights) >= len(weights[0]):
@@ -144,7 +144,7 @@ class _Run:
         self, nodes: Sequence[onnx.NodeProto], initializers: Iterable[onnx.TensorProto], needed: set[str]
     ) -> None:
         """Compute nodes; of all values those stay that are needed later."""
-        read = set(_reads(nodes))
+        read = set(reads(nodes))
         outputs = [name for node in nodes for name in node.output if name in needed]
         graph = helper.make_graph(
             nodes,
@@ -215,14 +215,6 @@ def _matrices(model: onnx.ModelProto) -> dict[str, Float32Array]:
         for tensor in model.graph.initializer
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
     }
-
-
-def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """Names of the values that nodes read, in their branches too."""
-    for node in nodes:
-        yield from node.input
-        for attribute in node.attribute:
-            yield from _reads(attribute.g.node)
 
 
 def _equal_lengths(input_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

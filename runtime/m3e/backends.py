@@ -16,7 +16,7 @@ from m3e.cpu import cpu_features
 from m3e.cuda_session import CudaSession
 from m3e.engine_cache import EngineCache, EngineKey
 from m3e.errors import BundleError, StartError
-from m3e.feeds import pack, pad
+from m3e.feeds import pack, pad, rectangle
 from m3e.gpu import Card, read_card
 from m3e.manifest import Graph
 from m3e.memory import runs_side_by_side
@@ -110,13 +110,14 @@ def open_session(
     if device == "cpu":
         beside = runs_side_by_side(len(data), bundle.manifest.model, num_threads, max_memory_mb)
         return Session(data, num_threads=num_threads, side_by_side=beside)
-    packed = graph.target == "cuda"
+    packed = "com.microsoft::PackedMultiHeadAttention" in graph.ops
+    traced = graph.target == "cuda" and not packed
     return CudaSession(
         data,
         bundle.manifest.model,
         device_id=device_id,
         memory_bytes=read_card(device_id).memory_bytes,
-        feed=pack if packed else pad,
+        feed=pack if packed else rectangle if traced else pad,
         cuda_graphs=packed,
     )
 
