@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from m3e import BundleError
 from m3e.manifest import Golden, Manifest, decode_array, encode_array
+from m3e_export.graphs import KINDS
+from tests.trust import hostile
 
 any_text = st.text(max_size=20)
 
@@ -42,11 +44,13 @@ def test_the_bytes_come_back(data: bytes) -> None:
 
 
 @settings(deadline=None)
-@example(prompts={"lone": "\ud800"}, golden=[], tolerance=float("inf"), name="\udfff")
+@example(prompts={"lone": "\ud800"}, golden=[Golden(text="", input_ids=())], tolerance=5e-324, name="\udfff")
 @given(
     prompts=st.dictionaries(any_text, any_text, max_size=3),
-    golden=st.lists(st.builds(Golden, text=any_text, input_ids=st.lists(st.integers()).map(tuple)), max_size=3),
-    tolerance=st.floats(allow_nan=False),
+    golden=st.lists(
+        st.builds(Golden, text=any_text, input_ids=st.lists(st.integers()).map(tuple)), min_size=1, max_size=3
+    ),
+    tolerance=st.floats(0, 1e-2, exclude_min=True),
     name=st.none() | any_text,
 )
 def test_any_content_comes_back(
@@ -135,6 +139,30 @@ def put(content: Any, path: str, value: object) -> None:
         del content[last]
     else:
         content[int(last) if isinstance(content, list) else last] = value
+
+
+@pytest.mark.parametrize("name", hostile.MANIFESTS)
+def test_a_value_out_of_range_is_named(data: bytes, name: str) -> None:
+    change, problem = hostile.MANIFESTS[name]
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_bytes(change(Manifest.from_bytes(data)).to_bytes())
+    assert str(caught.value).startswith(f"manifest.json.{problem}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("format_version", 1),  # nothing changed
+        ("model.max_seq_length", 3),
+        ("model.vocab_size", 2**24),
+        ("graphs.0.canary_tolerance", max(kind.canary_tolerance for kind in KINDS)),
+        ("graphs.0.canary_tolerance", min(kind.canary_tolerance for kind in KINDS)),
+    ],
+)
+def test_what_exporters_write_is_in_range(data: bytes, path: str, value: object) -> None:
+    content = json.loads(data)
+    put(content, path, value)
+    Manifest.from_bytes(seal(content))
 
 
 def test_all_problems_are_in_one_message(data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,15 @@ def test_a_hostile_graph_is_refused(folder: Path, opened: list[bytes], name: str
     with pytest.raises(BundleError, match=message) as caught:
         Encoder(folder)
     assert str(caught.value).startswith("onnx/model.onnx is refused before it is opened")
+    assert opened == []
+
+
+@pytest.mark.parametrize("name", hostile.MANIFESTS)
+def test_a_hostile_manifest_is_refused(folder: Path, opened: list[bytes], name: str) -> None:
+    change, message = hostile.MANIFESTS[name]
+    (folder / "manifest.json").write_bytes(change(hostile.read_manifest(folder)).to_bytes())
+    with pytest.raises(BundleError, match=re.escape(f"manifest.json.{message}")):
+        Encoder(folder)
     assert opened == []
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import CheckpointError
+from m3e.manifest import FEWEST_TOKENS
 from m3e_export.architectures import ARCHITECTURES, Architecture, EncoderConfig, expected_tensors, read_config
 from m3e_export.files import read_json
 from m3e_export.modules import Dense, Modules, Normalize, encoder_folder, read_modules
@@ -198,9 +199,9 @@ def _max_seq_length(folder: Path, config: EncoderConfig, sentence_config: dict[s
         stated = read_json(folder / "tokenizer_config.json", default={}).get("model_max_length")
         own = min(limit, stated) if isinstance(stated, (int, float)) else limit
     length = own if asked is None else asked
-    if type(length) is not int or not 3 <= length <= limit:
+    if type(length) is not int or not FEWEST_TOKENS <= length <= limit:
         raise CheckpointError(
-            f"max_seq_length is {length!r}, expected 3 to {limit} (the model's positions); "
+            f"max_seq_length is {length!r}, expected {FEWEST_TOKENS} to {limit} (the model's positions); "
             "--max-seq-length sets another"
         )
     return length

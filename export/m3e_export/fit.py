@@ -123,7 +123,7 @@ def fit_site(
     bias = (target - output).mean(axis=0)
     sample = slice(None, None, 8)
     noise = output[sample] - x[sample] @ weight
-    error = np.sqrt(noise.var(axis=0).mean() / target.var(axis=0).mean())
+    error = np.sqrt(noise.var(axis=0).mean() / max(target.var(axis=0).mean(), np.finfo(np.float32).tiny))
     ends = np.cumsum([part.shape[1] for part in weights])[:-1]
     linears = {
         name: Int8Linear(w.astype(np.int8), s, b)

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from typing import Any
@@ -21,6 +22,14 @@ from m3e.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+
+# [CLS], a token and [SEP]: what the exporter asks of a checkpoint too.
+FEWEST_TOKENS = 3
+# Of any size of a model; the largest vocabularies have 2^20 tokens.
+_LARGEST_SIZE = 1 << 24
+# The most that the exporter allows a graph (`m3e_export.graphs.KINDS`). Unit vectors that have nothing in common differ
+# by 0.1 in 384 dimensions: beyond such a bound the golden texts would check nothing.
+_LARGEST_CANARY_TOLERANCE = 1e-2
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -177,6 +186,8 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest strictly: unknown, missing and mistyped fields are errors, and so is a changed byte.
 
+        So are values that no model has: sizes of nothing or beyond all bounds, empty lists, numbers that are not finite.
+
         Raises:
             BundleError: Every problem found, in one message.
         """
@@ -196,6 +207,8 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME} does not match its own hash: it was edited or damaged")
         problems: list[str] = []
         manifest = _parse(cls, content, MANIFEST_NAME, problems)
+        assert problems or isinstance(manifest, Manifest)
+        problems = problems or _out_of_range(manifest)
         if problems:
             raise BundleError("; ".join(problems))
         assert isinstance(manifest, Manifest)
@@ -239,6 +252,8 @@ def _parse(expected: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _parse(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
     if origin is None and type(value) is expected:
+        if expected is float and not math.isfinite(value):
+            problems.append(f"{where} is {value}, expected a finite number")
         return value
     name = getattr(origin or expected, "__name__", str(expected))
     problems.append(f"{where} is {type(value).__name__}, expected {name}")
@@ -256,3 +271,23 @@ def _parse_dataclass(expected: type, value: Any, where: str, problems: list[str]
         problems += [f"{where} has an unknown field {name!r}" for name in sorted(unknown)]
         return None
     return expected(**{name: _parse(hint, value[name], f"{where}.{name}", problems) for name, hint in hints.items()})
+
+
+def _out_of_range(manifest: Manifest) -> list[str]:
+    """Say which values have the right type and cannot be."""
+    sizes = ("embedding_dim", "num_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size",
+             "max_seq_length")  # fmt: skip
+    problems = []
+    for name in sizes:
+        value, fewest = getattr(manifest.model, name), FEWEST_TOKENS if name == "max_seq_length" else 1
+        if not fewest <= value <= _LARGEST_SIZE:
+            problems.append(f"{MANIFEST_NAME}.model.{name} is {value}, expected {fewest} to {_LARGEST_SIZE}")
+    lists = {"model.pooling": manifest.model.pooling, "graphs": manifest.graphs, "golden": manifest.golden}
+    problems += [f"{MANIFEST_NAME}.{name} is empty" for name, items in lists.items() if not items]
+    for i, graph in enumerate(manifest.graphs):
+        if not 0 < graph.canary_tolerance <= _LARGEST_CANARY_TOLERANCE:
+            problems.append(
+                f"{MANIFEST_NAME}.graphs[{i}].canary_tolerance is {graph.canary_tolerance}, expected more than 0 and at "
+                f"most {_LARGEST_CANARY_TOLERANCE}"
+            )
+    return problems

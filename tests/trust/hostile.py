@@ -163,6 +163,53 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None] | Callable[[bytes], by
 }  # fmt: skip
 
 
+def _model(**fields: object) -> Callable[[Manifest], Manifest]:
+    return lambda m: dataclasses.replace(m, model=dataclasses.replace(m.model, **fields))  # type: ignore[arg-type]
+
+
+def _graph(**fields: object) -> Callable[[Manifest], Manifest]:
+    def change(manifest: Manifest) -> Manifest:
+        first = dataclasses.replace(manifest.graphs[0], **fields)  # type: ignore[arg-type]
+        return dataclasses.replace(manifest, graphs=(first, *manifest.graphs[1:]))
+
+    return change
+
+
+def _certificate(**fields: object) -> Callable[[Manifest], Manifest]:
+    def change(manifest: Manifest) -> Manifest:
+        certificate = manifest.graphs[0].certificate
+        assert certificate is not None
+        return _graph(certificate=dataclasses.replace(certificate, **fields))(manifest)  # type: ignore[arg-type]
+
+    return change
+
+
+# A change of a manifest, which is sealed again; and what the refusal begins with.
+MANIFESTS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
+    "texts of -1 tokens": (_model(max_seq_length=-1), "model.max_seq_length is -1, expected 3 to"),
+    "texts of no token": (_model(max_seq_length=0), "model.max_seq_length is 0, expected 3 to"),
+    "texts of special tokens alone": (_model(max_seq_length=2), "model.max_seq_length is 2, expected 3 to"),
+    "texts of 2^70 tokens": (_model(max_seq_length=2**70), f"model.max_seq_length is {2**70}, expected 3 to"),
+    "vectors of no value": (_model(embedding_dim=0), "model.embedding_dim is 0, expected 1 to"),
+    "no layer": (_model(num_layers=0), "model.num_layers is 0, expected 1 to"),
+    "vocabulary of 2^60": (_model(vocab_size=2**60), f"model.vocab_size is {2**60}, expected 1 to"),
+    "no pooling": (_model(pooling=()), "model.pooling is empty"),
+    "no golden text": (lambda m: dataclasses.replace(m, golden=()), "golden is empty"),
+    "no graph": (lambda m: dataclasses.replace(m, graphs=()), "graphs is empty"),
+    "canary tolerance NaN": (
+        _graph(canary_tolerance=float("nan")), "graphs[0].canary_tolerance is nan, expected a finite number"),
+    "canary tolerance infinite": (
+        _graph(canary_tolerance=float("inf")), "graphs[0].canary_tolerance is inf, expected a finite number"),
+    "canary tolerance -1": (_graph(canary_tolerance=-1.0), "graphs[0].canary_tolerance is -1.0, expected more than 0"),
+    "canary tolerance 0": (_graph(canary_tolerance=0.0), "graphs[0].canary_tolerance is 0.0, expected more than 0"),
+    "canary tolerance 10^9": (_graph(canary_tolerance=1e9), "graphs[0].canary_tolerance is 1000000000.0, expected"),
+    "certificate NaN": (
+        _certificate(min_cosine=float("nan")), "graphs[0].certificate.min_cosine is nan, expected a finite number"),
+    "certificate -infinity": (
+        _certificate(max_abs_difference=float("-inf")), "graphs[0].certificate.max_abs_difference is -inf"),
+}  # fmt: skip
+
+
 def _json(name: str, content: str) -> Callable[[Path, Path], object]:
     return lambda folder, secret: write_file(folder / name, content.replace("SECRET", str(secret)).encode())
 
