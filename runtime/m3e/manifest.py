@@ -27,8 +27,8 @@ MANIFEST_NAME = "manifest.json"
 FEWEST_TOKENS = 3
 # Of any size of a model; the largest vocabularies have 2^20 tokens.
 _LARGEST_SIZE = 1 << 24
-# The most that the exporter allows a graph (`m3e_export.graphs.KINDS`). Unit vectors that have nothing in common differ
-# by 0.1 in 384 dimensions: beyond such a bound the golden texts would check nothing.
+# The most that the exporter allows a graph (`m3e_export.graphs.KINDS`). No two unit vectors differ by more than 2 in a
+# dimension: with such a bound the golden texts would check nothing.
 _LARGEST_CANARY_TOLERANCE = 1e-2
 
 Float32Array = npt.NDArray[np.float32]
@@ -186,7 +186,7 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest strictly: unknown, missing and mistyped fields are errors, and so is a changed byte.
 
-        So are values that no model has: sizes of nothing or beyond all bounds, empty lists, numbers that are not finite.
+        So are values that no model has: sizes of nothing or beyond bounds, empty lists, numbers that are not finite.
 
         Raises:
             BundleError: Every problem found, in one message.
@@ -287,7 +287,7 @@ def _out_of_range(manifest: Manifest) -> list[str]:
     for i, graph in enumerate(manifest.graphs):
         if not 0 < graph.canary_tolerance <= _LARGEST_CANARY_TOLERANCE:
             problems.append(
-                f"{MANIFEST_NAME}.graphs[{i}].canary_tolerance is {graph.canary_tolerance}, expected more than 0 and at "
-                f"most {_LARGEST_CANARY_TOLERANCE}"
+                f"{MANIFEST_NAME}.graphs[{i}].canary_tolerance is {graph.canary_tolerance}, expected more than 0 and "
+                f"at most {_LARGEST_CANARY_TOLERANCE}"
             )
     return problems
