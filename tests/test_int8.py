@@ -17,7 +17,7 @@ from m3e_export import certify, quantize
 from m3e_export.calibrate import calibrate
 from m3e_export.checkpoint import Checkpoint, load_checkpoint
 from m3e_export.encoder_math import attention
-from m3e_export.fit import Int8Site, centre_attention, fit_attention, fit_site, round_weights
+from m3e_export.fit import Int8Site, centre, fit_attention, fit_site, round_weights
 from m3e_export.graph import build_graph
 from m3e_export.graph_tensorrt import fold_divisors
 from m3e_export.int8 import Int8Steps, quantize_rows
@@ -225,10 +225,11 @@ def test_attention_loses_little_in_its_steps_and_nothing_by_centring() -> None:
     levels = site.quantize(x)
     query, key, value = (site.apply(name, levels) for name in names)
     query[:, 3] = key[:, 5] = 0
-    centred = centre_attention(site, "a.self", key, value)
-    moved = key - (site.linears[names[1]].bias - centred.linears[names[1]].bias)
-    parts = query, moved, centred.apply(names[2], levels)
-    np.testing.assert_allclose(parts[2].min(axis=0), -parts[2].max(axis=0), rtol=1e-4)
+    _, centred_key = centre(site, names[1], key)
+    centred, centred_value = centre(site, names[2], value)
+    parts = query, centred_key, centred_value
+    np.testing.assert_allclose(centred.apply(names[2], levels), centred_value, atol=1e-5)
+    np.testing.assert_allclose(centred_value.min(axis=0), -centred_value.max(axis=0), rtol=1e-4)
 
     steps = fit_attention(*parts)
     np.testing.assert_allclose(steps.query * steps.key, steps.query[0] * steps.key[0], rtol=1e-5)

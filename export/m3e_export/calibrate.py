@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from m3e_export.checkpoint import Checkpoint
-from m3e_export.fit import Float32Array, Int8Site, centre_attention, fit_attention, fit_site
+from m3e_export.fit import Float32Array, Int8Site, centre, fit_attention, fit_site
 from m3e_export.numpy_steps import NumpySteps
 from m3e_export.pooling import embed_sentence
 from m3e_export.walk import PROJECTIONS, hidden_states
@@ -124,12 +124,11 @@ class CalibrationSteps:
     def attention(self, site: str, x: Streams) -> Streams:
         """Attention within each text, on rounded values."""
         exact, (query, key, value) = zip(*self.linears(site, PROJECTIONS, x), strict=True)
-        centred = centre_attention(self.sites[site], site, key, value)
-        levels = centred.quantize(x[1])
-        quantized = query, *(centred.apply(f"{site}.{name}", levels) for name in PROJECTIONS[1:])
-        steps = fit_attention(*quantized)
-        self.sites[site] = replace(centred, attention=steps)
-        return self._exact.attend(*exact), self._exact.attend(*steps.round(*quantized), rounded=True)
+        fitted, key = centre(self.sites[site], f"{site}.key", key)
+        fitted, value = centre(fitted, f"{site}.value", value)
+        steps = fit_attention(query, key, value)
+        self.sites[site] = replace(fitted, attention=steps)
+        return self._exact.attend(*exact), self._exact.attend(*steps.round(query, key, value), rounded=True)
 
     def _divisor(self, site: str) -> Float32Array | None:
         """What a site's input arrives divided by: that of attention's output layer in proportion to value's steps."""

@@ -23,7 +23,7 @@ Float32Array = npt.NDArray[np.float32]
 # leave this share of the noise. A wide input, that of the feed-forward block's second layer, costs the most.
 ALPHAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WORTH_A_MULTIPLICATION, _WORTH_A_WIDE_MULTIPLICATION = 0.8, 0.45
-_LARGEST_STEP = 127
+_LARGEST_LEVEL = 127
 # What spreading rounding errors leaves of their variance.
 _ROUNDING_GAIN = 0.4
 # Texts that calibration never saw reach beyond its extremes; larger steps keep their worst cosines up.
@@ -57,7 +57,7 @@ class AttentionSteps:
     def round(self, query: Float32Array, key: Float32Array, value: Float32Array) -> list[Float32Array]:
         """Round float32 (n, hidden) each to whole steps."""
         parts = ((query, self.query), (key, self.key), (value, self.value))
-        return [np.clip(np.rint(part / step), -_LARGEST_STEP, _LARGEST_STEP) * step for part, step in parts]
+        return [np.clip(np.rint(part / step), -_LARGEST_LEVEL, _LARGEST_LEVEL) * step for part, step in parts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,17 +168,15 @@ def _cover(low: Float32Array, high: Float32Array, divisor: Float32Array | None, 
     return Int8Site({}, divisor, scale, round(-smallest / scale), alpha, 0.0)
 
 
-def centre_attention(site: Int8Site, layer: str, key: Float32Array, value: Float32Array) -> Int8Site:
-    """Move the biases of key and value so that each channel of what was seen, (n, hidden), reaches as far up as down.
+def centre(site: Int8Site, name: str, output: Float32Array) -> tuple[Int8Site, Float32Array]:
+    """Move a layer's bias so that each channel of its outputs, float32 (n, out), reaches as far up as down.
 
     What all keys have in common adds the same to a query's scores, which changes no weight. What all values have in
-    common comes out of attention as it went in, and the bias of the layer behind it will take it up.
+    common comes out of attention as it went in, and the bias of the layer behind it takes it up when that is fitted.
     """
-    linears = dict(site.linears)
-    for name, part in ((f"{layer}.key", key), (f"{layer}.value", value)):
-        middle = (part.min(axis=0) + part.max(axis=0)) / 2
-        linears[name] = dataclasses.replace(linears[name], bias=linears[name].bias - middle)
-    return dataclasses.replace(site, linears=linears)
+    middle = (output.min(axis=0) + output.max(axis=0)) / 2
+    moved = dataclasses.replace(site.linears[name], bias=site.linears[name].bias - middle)
+    return dataclasses.replace(site, linears={**site.linears, name: moved}), output - middle
 
 
 def fit_attention(query: Float32Array, key: Float32Array, value: Float32Array) -> AttentionSteps:
@@ -187,7 +185,7 @@ def fit_attention(query: Float32Array, key: Float32Array, value: Float32Array) -
     A channel's weight in the scores is its query times its key, so either can be made larger at the other's cost: each
     takes the same share of its range, and the channel with the largest product sets the steps of all.
     """
-    reach = [np.abs(part).max(axis=0) * np.float32(WIDENING / _LARGEST_STEP) for part in (query, key, value)]
+    reach = [np.abs(part).max(axis=0) * np.float32(WIDENING / _LARGEST_LEVEL) for part in (query, key, value)]
     q, k, v = (np.maximum(part, part.max() * np.float32(1e-4) + np.float32(1e-12)) for part in reach)
     common, ratio = np.sqrt((q * k).max()), np.sqrt(q / k)
     return AttentionSteps(common * ratio, common / ratio, v)

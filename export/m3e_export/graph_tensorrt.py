@@ -247,14 +247,12 @@ def _quantizable(builder: HalfBuilder, sites: Mapping[str, Int8Site]) -> dict[st
     The sites before and behind an attention go together: one is fitted to what the other makes of its values.
     """
     folded = fold_divisors(sites)
-    fitting = {name for name, site in folded.items() if builder.dtype(name) == FLOAT16 and _fits(site)}
-    swap = {".attention.self": ".attention.output", ".attention.output": ".attention.self"}
-
-    def partner(name: str) -> str:
-        end = next((end for end in swap if name.endswith(end)), "")
-        return name.removesuffix(end) + swap.get(end, "")
-
-    return {name: site for name, site in folded.items() if {name, partner(name)} <= fitting}
+    fitting = {name: site for name, site in folded.items() if builder.dtype(name) == FLOAT16 and _fits(site)}
+    for before in [name for name in folded if name.endswith(".attention.self")]:
+        pair = {before, before.replace(".self", ".output")}
+        if not pair <= fitting.keys():
+            fitting = {name: site for name, site in fitting.items() if name not in pair}
+    return fitting
 
 
 def fold_divisors(sites: Mapping[str, Int8Site]) -> dict[str, Int8Site]:

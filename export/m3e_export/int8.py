@@ -12,7 +12,7 @@ import numpy.typing as npt
 from m3e_export.builder import CONTRIB, GraphBuilder
 from m3e_export.checkpoint import Checkpoint
 from m3e_export.encoder_math import WEIGHT_LEVELS
-from m3e_export.fit import Float32Array, Int8Linear, Int8Site
+from m3e_export.fit import AttentionSteps, Float32Array, Int8Linear, Int8Site
 from m3e_export.graph import GraphSteps, Packing
 
 FLOAT = 1  # onnx.TensorProto.FLOAT
@@ -49,7 +49,7 @@ class Int8Steps(GraphSteps):
     ) -> None:
         super().__init__(builder, checkpoint, packing, ids, positions)
         self._sites = sites
-        self._levels: set[str] = set()  # values that are levels already
+        self._head_size = checkpoint.config.hidden_size // checkpoint.config.num_attention_heads
         self._one = builder.const("one_float", 1, np.float32)
         self._middle = builder.const("middle", 128, np.uint8)
         self._zero = builder.const("key_zero_point", 0, np.int8) if signed else self._middle
@@ -65,48 +65,52 @@ class Int8Steps(GraphSteps):
         if site not in self._sites:
             return super().linears(site, names, x)
         fitted = self._sites[site]
-        levels = x if x in self._levels else append_levels(self._builder, site, fitted, x)
+        # What comes out of attention is levels already.
+        levels = x if site.endswith(".attention.output") else append_levels(self._builder, site, fitted, x)
         full = [f"{site}.{name}" for name in names]
         return [append_product(self._builder, name, site, levels, fitted.linears[name]) for name in full]
 
     def attention(self, site: str, x: str) -> str:
-        """Attention within each text, from levels to the levels of the output layer's input.
+        """Attention within each text: from float32 (T, hidden) to the output layer's levels, uint8 (T, hidden).
 
         Weights are rounded before they are divided by their sum, so that all of a uint8 serves each row, and the sum is
         that of the rounded.
         """
-        b, fitted, config = self._builder, self._sites[site], self._checkpoint.config
-        steps, linears = fitted.attention, fitted.linears
+        b, fitted, output_site = self._builder, self._sites[site], site.replace(".self", ".output")
+        steps, output = fitted.attention, self._sites[output_site]
         assert steps is not None, "calibration gives attention its steps"
-        levels = append_levels(b, site, fitted, x)
-        query = divide(linears[f"{site}.query"], steps.query)
-        key, value = divide(linears[f"{site}.key"], steps.key), divide(linears[f"{site}.value"], steps.value)
-        queries = append_product(b, f"{site}.query", site, levels, query)
-        pairs = append_product(b, f"{site}.key_value", site, levels, concatenate(key, value))
-        heads = b.int64(-1, config.hidden_size // config.num_attention_heads)
-        queries = b.op("Reshape", b.op("QuantizeLinear", queries, self._one, self._middle), heads)
-        pairs = b.op("Reshape", b.op("QuantizeLinear", pairs, self._one, self._zero), heads)
-        queries = b.op("Gather", queries, self._query_rows)  # (batch, heads, seq_len, head_size)
-        keys = b.op("Transpose", b.op("Gather", pairs, self._key_rows), perm=[0, 1, 3, 2])
-        factor = steps.query[0] * steps.key[0] / math.sqrt(config.hidden_size // config.num_attention_heads)
-        factor = b.const(f"{site}.score_scale", factor, np.float32)
-        scores = self._product(queries, keys, factor, self._middle, self._zero)
-        weights = b.op("Exp", self._less_largest(scores))
+        assert output.divisor is not None, "calibration divides attention's output by the steps of the value"
+        queries, keys, values = self._round_projections(site, fitted, steps, x)
+        score_scale = steps.query[0] * steps.key[0] / math.sqrt(self._head_size)
+        scores = self._product(
+            queries, keys, b.const(f"{site}.score_scale", score_scale, np.float32), self._middle, self._zero
+        )
         weights = b.op(
-            "QuantizeLinear", weights, b.const("weight_scale", 1 / WEIGHT_LEVELS, np.float32),
-            b.const("weight_zero_point", 0, np.uint8),
+            "QuantizeLinear", b.op("Exp", self._less_largest(scores)),
+            b.const("weight_scale", 1 / WEIGHT_LEVELS, np.float32), b.const("weight_zero_point", 0, np.uint8),
         )  # fmt: skip
-        values = b.op("Gather", pairs, self._value_rows)
-        output = site.replace(".self", ".output")
-        fitted = self._sites[output]
-        assert fitted.divisor is not None, "calibration divides attention's output by the steps of the value"
-        factor = b.const(f"{site}.value_scale", steps.value[0] / fitted.divisor[0], np.float32)
-        context = self._product(weights, values, factor, "weight_zero_point", self._zero)
-        context = b.op("Div", context, self._product(weights, self._ones, self._one))
-        context = b.op("Reshape", append_levels(b, output, replace(fitted, divisor=None), context), heads)
-        context = b.op("Reshape", b.op("Gather", context, self._context_rows), b.int64(-1, config.hidden_size))
-        self._levels.add(context)
-        return context
+        value_scale = b.const(f"{site}.value_scale", steps.value[0] / output.divisor[0], np.float32)
+        total = self._product(weights, values, value_scale, "weight_zero_point", self._zero)
+        context = b.op("Div", total, self._product(weights, self._ones, self._one))
+        levels = append_levels(b, output_site, replace(output, divisor=None), context)
+        rows = b.op("Reshape", levels, b.int64(-1, self._head_size))
+        hidden_size = self._checkpoint.config.hidden_size
+        return b.op("Reshape", b.op("Gather", rows, self._context_rows), b.int64(-1, hidden_size))
+
+    def _round_projections(self, site: str, fitted: Int8Site, steps: AttentionSteps, x: str) -> tuple[str, str, str]:
+        """Query and value, (batch, heads, seq_len, head_size), and key, its last two axes swapped, in whole steps."""
+        b, linears = self._builder, fitted.linears
+        levels = append_levels(b, site, fitted, x)
+        key_value = concatenate(
+            divide(linears[f"{site}.key"], steps.key), divide(linears[f"{site}.value"], steps.value)
+        )
+        query = append_product(b, f"{site}.query", site, levels, divide(linears[f"{site}.query"], steps.query))
+        pairs = append_product(b, f"{site}.key_value", site, levels, key_value)
+        heads = b.int64(-1, self._head_size)
+        queries = b.op("Reshape", b.op("QuantizeLinear", query, self._one, self._middle), heads)
+        rows = b.op("Reshape", b.op("QuantizeLinear", pairs, self._one, self._zero), heads)
+        keys = b.op("Transpose", b.op("Gather", rows, self._key_rows), perm=[0, 1, 3, 2])
+        return b.op("Gather", queries, self._query_rows), keys, b.op("Gather", rows, self._value_rows)
 
     def _product(self, a: str, b: str, scale: str, *zero_points: str) -> str:
         return self._builder.op("MatMulIntegerToFloat", a, b, scale, self._one, *zero_points, domain=CONTRIB)

@@ -207,8 +207,8 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME} does not match its own hash: it was edited or damaged")
         problems: list[str] = []
         manifest = _parse(cls, content, MANIFEST_NAME, problems)
-        assert problems or isinstance(manifest, Manifest)
-        problems = problems or _out_of_range(manifest)
+        if not problems:
+            problems = _out_of_range(manifest)
         if problems:
             raise BundleError("; ".join(problems))
         assert isinstance(manifest, Manifest)
@@ -283,7 +283,9 @@ def _out_of_range(manifest: Manifest) -> list[str]:
         if not fewest <= value <= _LARGEST_SIZE:
             problems.append(f"{MANIFEST_NAME}.model.{name} is {value}, expected {fewest} to {_LARGEST_SIZE}")
     lists = {"model.pooling": manifest.model.pooling, "graphs": manifest.graphs, "golden": manifest.golden}
-    problems += [f"{MANIFEST_NAME}.{name} is empty" for name, items in lists.items() if not items]
+    problems += [
+        f"{MANIFEST_NAME}.{name} is empty, expected at least one" for name, items in lists.items() if not items
+    ]
     for i, graph in enumerate(manifest.graphs):
         if not 0 < graph.canary_tolerance <= _LARGEST_CANARY_TOLERANCE:
             problems.append(
