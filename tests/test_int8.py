@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_the_graph_computes_what_calibration_computed(checkpoint: Checkpoint, si
 
 
 def test_the_graph_loses_what_calibration_said_that_it_would(checkpoint: Checkpoint) -> None:
+    """With queries and keys so large that attention chooses, as trained weights do."""
+    tensors = {
+        name: tensor * np.float32(20 if ".query." in name or ".key." in name else 1)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
     ids = quantize.calibration_ids(checkpoint, None)[:150]
     levels, scales = quantize_rows(checkpoint.tensors["embeddings.word_embeddings.weight"])
     sites, cosines = calibrate(checkpoint, ids, levels * scales, max_level=127 if "vnni" in HERE else 63)
@@ -241,6 +248,17 @@ def test_attention_loses_little_in_its_steps_and_nothing_by_centring() -> None:
     expected = attention(query[None], key[None], value[None], 2)
     found = attention(rounded[0][None], rounded[1][None], rounded[2][None], 2, rounded=True) + shift
     assert np.abs(found - expected).max() < 0.05 * (expected - shift).std()
+
+
+def test_rounded_weights_count_the_largest_of_their_row_as_255() -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 1, 9, 4))
+    expected = np.empty((9, 4))
+    for row, q in enumerate(query[0]):
+        scores = [q @ k / 2 for k in key[0]]  # the root of four channels
+        counts = [round(255 * math.exp(score - max(scores))) for score in scores]
+        expected[row] = sum(count * v for count, v in zip(counts, value[0], strict=True)) / sum(counts)
+    np.testing.assert_allclose(attention(query, key, value, 1, rounded=True)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_levels_are_clipped_to_a_byte_and_zero_is_exact() -> None:
