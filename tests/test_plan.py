@@ -14,8 +14,10 @@ token_bounds = st.integers(1, 2048)
 size_bounds = st.none() | st.integers(1, 64)
 
 
-def plan(n_tokens: list[int], max_batch_tokens: int, max_batch_size: int | None = None) -> list[list[int]]:
-    batches = plan_batches(np.array(n_tokens, dtype=np.int64), max_batch_tokens, max_batch_size)
+def plan(
+    n_tokens: list[int], max_batch_tokens: int, max_batch_size: int | None = None, at_once: int = 1
+) -> list[list[int]]:
+    batches = plan_batches(np.array(n_tokens, dtype=np.int64), max_batch_tokens, max_batch_size, at_once)
     return [batch.tolist() for batch in batches]
 
 
@@ -28,9 +30,9 @@ def test_the_width_of_one_text_is_that_of_the_plan(n_tokens: list[int]) -> None:
     assert [attention_width(n) for n in n_tokens] == attention_length(np.array(n_tokens, dtype=np.int64)).tolist()
 
 
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
-def test_every_index_exactly_once(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
-    batches = plan(n_tokens, max_tokens, max_size)
+@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, at_once=st.integers(1, 5))
+def test_every_index_exactly_once(n_tokens: list[int], max_tokens: int, max_size: int | None, at_once: int) -> None:
+    batches = plan(n_tokens, max_tokens, max_size, at_once)
     assert sorted(index for batch in batches for index in batch) == list(range(len(n_tokens)))
     assert all(batches)
 
@@ -44,12 +46,19 @@ def test_budgets_are_respected(n_tokens: list[int], max_tokens: int, max_size: i
         assert max_size is None or len(batch) <= max_size
 
 
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
-def test_a_batch_is_as_full_as_the_budgets_allow(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
-    widths = [width(n_tokens, batch) for batch in plan(n_tokens, max_tokens, max_size)]
-    for batch, own, following in zip(plan(n_tokens, max_tokens, max_size), widths, widths[1:], strict=False):
-        full = (len(batch) + 1) * own > max_tokens or len(batch) == max_size
-        assert full or following < own  # or nothing of its width was left
+@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, at_once=st.integers(1, 5))
+def test_one_length_gets_equal_batches_for_all_that_run_at_once(
+    n_tokens: list[int], max_tokens: int, max_size: int | None, at_once: int
+) -> None:
+    batches = plan(n_tokens, max_tokens, max_size, at_once)
+    for own in {width(n_tokens, batch) for batch in batches}:
+        sizes = [len(batch) for batch in batches if width(n_tokens, batch) == own]
+        most = min(max(1, max_tokens // own), max_size or len(n_tokens))
+        needed = -(-sum(sizes) // most)
+        multiples = range(at_once, needed + at_once + 1, at_once)
+        wanted = next(multiple for multiple in multiples if multiple >= needed) if needed > 1 else 1
+        assert len(sizes) == min(wanted, sum(sizes))
+        assert max(sizes) - min(sizes) <= 1
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
@@ -74,7 +83,7 @@ def test_no_texts_no_batches() -> None:
         pytest.param([5], 1024, None, [[0]], id="one text"),
         pytest.param([512, 600, 3], 512, None, [[1], [0], [2]], id="longer than the budget runs alone"),
         pytest.param([4, 4, 4, 4], 8, None, [[0, 1], [2, 3]], id="exactly the budget"),
-        pytest.param([4, 4, 4, 4], 1024, 3, [[0, 1, 2], [3]], id="bounded by the rows"),
+        pytest.param([4, 4, 4, 4], 1024, 3, [[0, 1], [2, 3]], id="bounded by the rows"),
         pytest.param([1, 9, 5, 8, 65, 66], 1024, None, [[5], [4], [1], [2, 3], [0]], id="one width a batch"),
         pytest.param([0, 1], 1024, None, [[0, 1]], id="no tokens count as one"),
     ],

@@ -15,17 +15,20 @@ LONGEST_BUCKET = 64
 
 
 def plan_batches(
-    n_tokens: npt.NDArray[np.int64], max_batch_tokens: int, max_batch_size: int | None = None
+    n_tokens: npt.NDArray[np.int64], max_batch_tokens: int, max_batch_size: int | None = None, at_once: int = 1
 ) -> Iterator[npt.NDArray[np.intp]]:
     """Group texts of one attention length into batches under a token budget, longest first.
 
-    Longest first, because then the largest buffers are allocated once.
+    Longest first, because then the largest buffers are allocated once. The batches of one length are of equal size,
+    give or take a text, and as few as the budget and ``at_once`` allow: a few texts keep all threads busy to the end.
 
     Args:
         n_tokens: Token count of each text, int64 (n,).
         max_batch_tokens: Upper bound on the padded size of a batch, rows x longest row. A single longer
             text still gets a batch of its own.
         max_batch_size: Upper bound on the rows of a batch; None for no other bound than the tokens.
+        at_once: How many batches run at once: where one length needs several, it gets a multiple of this, if it has
+            so many texts.
 
     Yields:
         Indices into ``n_tokens``, intp (batch,), each index exactly once over all batches.
@@ -36,7 +39,10 @@ def plan_batches(
         rows = max(1, max_batch_tokens // int(length))
         if max_batch_size is not None:
             rows = min(rows, max_batch_size)
-        yield from (group[start : start + rows] for start in range(0, len(group), rows))
+        n_batches = -(-len(group) // rows)
+        if n_batches > 1:
+            n_batches = min(-(-n_batches // at_once) * at_once, len(group))
+        yield from np.array_split(group, n_batches)
 
 
 def attention_length(n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -67,7 +67,7 @@ class Session:
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`; see `m3e.plan.plan_batches`."""
-        return plan_batches(n_tokens, MAX_BATCH_TOKENS, max_batch_size)
+        return plan_batches(n_tokens, MAX_BATCH_TOKENS, max_batch_size, self.threads)
 
     def run(
         self,
