@@ -1,9 +1,10 @@
 """The service against the library, against itself under overload, and against infinity.
 
-Writes ``benchmarks/results/serving.json``. All traffic is on loopback; server and load share the machine's processors.
+Writes ``benchmarks/results/serving.json``; a part that is measured again replaces itself alone. All traffic is on loopback; server and load share the machine's processors.
 Needs ``wrk`` (apt install wrk), whose own cost is small.
 
   python -m benchmarks.serving BUNDLE --texts FILE
+  python -m benchmarks.serving BASE_BUNDLE --texts FILE --output benchmarks/results/serving-base.json
   python -m benchmarks.serving BUNDLE --texts FILE --parts infinity --infinity PYTHON --checkpoint FOLDER
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ import numpy as np
 from benchmarks.open_loop import open_loop
 from benchmarks.server_process import running
 from m3e import Encoder
-from m3e_bench.machine import describe_machine
+from m3e.bundle import Bundle
+from m3e_bench.machine import describe_code, describe_machine
 
 RECORD = Path(__file__).parent / "results" / "serving.json"
 PROBE = "今天天气真好我们去公园"  # 13 tokens
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["overhead", "saturation", "overload"],
                         choices=["overhead", "saturation", "overload", "infinity"])  # fmt: skip
     parser.add_argument("--seconds", type=float, default=60, help="of the overload")
+    parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb")
     parser.add_argument("--checkpoint", help="what infinity serves")
     parsed = parser.parse_args()
@@ -236,13 +240,16 @@ def main() -> None:
         "overload": lambda: overload(parsed.bundle, texts, parsed.seconds),
         "infinity": lambda: infinity(parsed.infinity, parsed.checkpoint, parsed.bundle, texts),
     }
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    for part in parsed.parts:
-        record[part] = measures[part]()
-        print(part, json.dumps(record[part], indent=1), file=sys.stderr)
+    output: Path = parsed.output
+    record = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    model = Bundle(parsed.bundle).manifest.model
+    record["model"] = {name: getattr(model, name) for name in ("num_layers", "hidden_size", "vocab_size")}
     record["machine"] = describe_machine()
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for part in parsed.parts:
+        measured = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "code": describe_code()}
+        record[part] = {**measures[part](), **measured}
+        print(part, json.dumps(record[part], indent=1), file=sys.stderr)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
