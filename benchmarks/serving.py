@@ -1,6 +1,7 @@
 """The service against the library, against itself under overload, and against infinity.
 
-Writes ``benchmarks/results/serving.json``; a part that is measured again replaces itself alone. All traffic is on loopback; server and load share the machine's processors.
+Writes ``benchmarks/results/serving.json``; a part that is measured again replaces itself alone. All traffic is on
+loopback; server and load share the machine's processors.
 Needs ``wrk`` (apt install wrk), whose own cost is small.
 
   python -m benchmarks.serving BUNDLE --texts FILE

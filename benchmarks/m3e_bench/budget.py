@@ -12,6 +12,7 @@ class Budget:
     Attributes:
         rounds: Turns of each engine for each figure; the engines take them in turn.
         turn_s: Longest turn of the slowest engine; of a longer workload a part is encoded.
+        least_batches: Of the peers' 32 texts, that a part of a workload has at least.
         figure_s: Time of all turns for one workload; more turns than two are left out beyond it.
         latency_turn_s: Time of a turn of single requests.
         latency_cases: Tokens of a text and texts of a request, closed loop.
@@ -26,6 +27,7 @@ class Budget:
 
     rounds: int = 5
     turn_s: float = 3.0
+    least_batches: int = 4  # batches differ most in a workload with few long texts
     figure_s: float = 120.0
     latency_turn_s: float = 0.6
     latency_cases: tuple[tuple[int, int], ...] = ((12, 1), (12, 8), (128, 1))
@@ -42,12 +44,13 @@ FULL = Budget()
 QUICK = Budget(
     rounds=3,
     turn_s=0.7,
+    least_batches=1,
     figure_s=12.0,
     latency_turn_s=0.2,
     latency_cases=((12, 1),),
     rates_per_s=(50,),
     open_loop_s=1.0,
-    cold_starts=2,
+    cold_starts=1,
     lengths=(16, 128, 512),
     accuracy_texts=100,
     corpus_sizes=(100, 1000),

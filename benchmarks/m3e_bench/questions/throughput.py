@@ -59,8 +59,8 @@ def _decide_parts(run: Run, model: Model, workload: Workload) -> None:
     for engine in run.engines:
         run.once(f"estimate {workload.name}/{model.name}/{engine.name}", engine, model, estimate)
     seconds = [whole for _, whole in run.journal.facts(estimates)]
-    # Batches differ most in a workload with few long texts: at least four are left to stand for all.
-    parts = min(math.ceil(max(seconds, default=0.0) / run.budget.turn_s), len(workload.texts) // (4 * PEERS_BATCH))
+    most = len(workload.texts) // (run.budget.least_batches * PEERS_BATCH)
+    parts = min(math.ceil(max(seconds, default=0.0) / run.budget.turn_s), most)
     round_s = sum(seconds) / max(1, parts)
     rounds = min(run.budget.rounds, int(run.budget.figure_s / round_s)) if round_s else run.budget.rounds
     run.journal.keep_fact(f"rounds/{workload.name}/{model.name}", max(2, rounds))
