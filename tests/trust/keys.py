@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from m3e.server.app import App
+from m3e.server.gate import Gate
 from m3e.server.problems import Problem
 from tests.trust import Figure, Outcome, counted
 
@@ -73,7 +73,7 @@ def _with_early_exit(app: Any, given: list[tuple[bytes, bytes]]) -> None:
 
 def measure(count: int) -> Outcome:
     """The server's own check."""
-    wrong = attack(App._check_key, count)
+    wrong = attack(Gate._check_key, count)
     caught = {"==": attack(_with_equality, 50) > 0, "early exit": attack(_with_early_exit, 50) > 0}
     return Outcome(f"{wrong} of {count:,}", wrong == 0, caught)
 

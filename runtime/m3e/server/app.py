@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import itertools
 import logging
 import os
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from m3e.errors import M3EError
+from m3e.server.gate import Gate, State
 from m3e.server.http import Protocol, dialect_of
 from m3e.server.metrics import Metrics
 from m3e.server.models import Models
 from m3e.server.openai import OpenAIRoutes
-from m3e.server.openapi import PUBLIC_PATHS, document
+from m3e.server.openapi import document
 from m3e.server.problems import KIND_NAMES, Problem, problem_of, retry_after
 from m3e.server.requests import Answer, Request
 from m3e.server.settings import Settings
@@ -44,21 +42,6 @@ _PAGE_HEADERS = (
      b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 )  # fmt: skip
-# Routes whose texts join the queue.
-_QUEUING = frozenset({"/v1/embeddings", "/embeddings", "/embed", "/", "/similarity"})
-_MISJOINED = (
-    "There is nothing at this path. Embeddings are at /v1/embeddings; OpenAI's clients append /embeddings to the base "
-    "URL, so set the base URL to http://HOST:PORT/v1 and nothing behind it. TEI's clients call /embed at "
-    "http://HOST:PORT. All routes: /openapi.json."
-)
-
-
-@dataclass(slots=True)
-class State:
-    """How far the end is: draining once it has begun, so no longer ready; refusing new work last."""
-
-    draining: bool = False
-    refusing: bool = False
 
 
 class App:
@@ -75,8 +58,6 @@ class App:
         self.models = models
         self.state = State()
         self.n_active = 0
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._hosts = settings.hosts
         self._origins = {origin.strip().encode() for origin in settings.cors_origins.split(",") if origin.strip()}
         self._id_prefix = os.urandom(6).hex().encode() + b"-"
         self._ids = itertools.count(1)
@@ -102,6 +83,7 @@ class App:
             "/openapi.json": {"GET": self._openapi},
             "/ui": {"GET": self._page},
         }
+        self.gate = Gate(settings, models, keys, self.state, {path: tuple(by) for path, by in self.routes.items()})
         self.metrics = Metrics(self.routes, KIND_NAMES, {
             "m3e_ready": ("1 when a request would be run now.", lambda: float(self.ready)),
             "m3e_queue_tokens": ("Tokens that wait.", lambda: self._sum("n_waiting_tokens")),
@@ -121,10 +103,8 @@ class App:
         started = time.perf_counter()
         path: str = scope["path"]
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.match(given) else self._id_prefix + b"%x" % next(self._ids)
-        request = Request(scope["method"], path, headers, b"", request_id, started)
-        route = self._route(path)
+        request = Request(scope["method"], path, headers, b"", self._request_id(headers), started)
+        route = self.gate.route(path)
         problem: Problem | None = None
         span = self._tracer.start(request, route) if self._tracer is not None else None
         connection: Protocol | None = (scope.get("extensions") or {}).get("m3e")
@@ -142,7 +122,7 @@ class App:
         except M3EError as error:
             problem = problem_of(error)
             if problem.code in ("inference_failed", "internal_error"):
-                log.error("request %s: %s", request_id.decode(), type(error).__name__)
+                log.error("request %s: %s", request.id.decode(), type(error).__name__)
         except asyncio.CancelledError:
             return  # the client has gone; its texts will not be run
         except Exception as error:
@@ -151,7 +131,7 @@ class App:
             while trace is not None and trace.tb_next is not None:
                 trace = trace.tb_next
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
-            log.error("request %s: %s at %s", request_id.decode(), type(error).__name__, where)
+            log.error("request %s: %s at %s", request.id.decode(), type(error).__name__, where)
             problem = Problem("internal_error", "The server failed; its log has the request id.")
         finally:
             self.n_active -= 1
@@ -165,65 +145,28 @@ class App:
         self._count(request, route, answer.status, problem, seconds)
         if span is not None:
             span(request, answer.status)
-        await self._send(send, connection, request, answer, seconds)
+        sent = self._headers(request, answer, seconds)
+        with connection.one_write() if connection is not None else contextlib.nullcontext():
+            await send({"type": "http.response.start", "status": answer.status, "headers": sent})
+            await send({"type": "http.response.body", "body": answer.body})
 
     async def _answer(
         self, request: Request, route: str, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]]
     ) -> Answer | None:
-        headers = request.headers
-        if self._hosts and not self._host_allowed(headers.get(b"host", b"")):
-            raise Problem("host_not_allowed", "This Host header is not accepted here; see --allowed-hosts.")
-        origin = headers.get(b"origin")
+        origin = request.headers.get(b"origin")
+        self.gate.check_host(request.headers)
         if origin is not None and self._origins and request.method == "OPTIONS":
             return Answer(b"", status=204, headers=((b"access-control-allow-methods", b"GET, POST"),
                           (b"access-control-allow-headers", b"authorization, content-type, x-priority, x-request-id"),
                           (b"access-control-max-age", b"600")))  # fmt: skip
-        if self._keys and request.path not in PUBLIC_PATHS:
-            self._check_key(scope["headers"])
-        if route == "unmatched":
-            raise Problem("not_found", _MISJOINED)
-        handlers = self.routes[route]
-        method = "GET" if request.method == "HEAD" else request.method
-        if method not in handlers:
-            allowed = ", ".join([*handlers, "HEAD"] if "GET" in handlers else handlers)
-            raise Problem("method_not_allowed", f"This path takes {allowed}.", headers=((b"allow", allowed.encode()),))
+        method = self.gate.check(request.method, request.path, route, scope["headers"])
         if method == "POST":
-            if self.state.refusing:
-                raise Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy",
-                              headers=retry_after(1.0))  # fmt: skip
-            if route in _QUEUING and (refusal := self.models.overload()) is not None:
-                raise refusal  # before the body is read: what is refused must cost next to nothing
-            body = await self._read_body(headers, receive)
+            body = await self._read_body(request.headers, receive)
             if body is None:
                 return None
             request.body = body
             request.started_at = time.perf_counter()
-        return await handlers[method](request)
-
-    def _route(self, path: str) -> str:
-        if path in self.routes:
-            return path if path != "/v1/models/{name}" else "unmatched"
-        if path.startswith("/v1/models/"):
-            return "/v1/models/{name}"
-        trimmed = path.rstrip("/")
-        return trimmed if trimmed in self.routes and "{" not in trimmed else "unmatched"
-
-    def _host_allowed(self, host: bytes) -> bool:
-        name = host.decode("latin-1").lower()
-        return (name.rpartition(":")[0] if re.search(r":\d+\Z", name) else name) in self._hosts
-
-    def _check_key(self, headers: list[Header]) -> None:
-        given = [value for name, value in headers if name == b"authorization"]
-        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, and in constant time, so that the time says nothing of any.
-        matches = sum([hmac.compare_digest(digest, known) for known in self._keys])
-        if scheme.lower() != b"bearer" or not matches:
-            raise Problem(
-                "invalid_api_key",
-                "No accepted API key came with the request; send 'Authorization: Bearer KEY'.",
-                headers=((b"www-authenticate", b"Bearer"),),
-            )
+        return await self.routes[route][method](request)
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Callable[[], Awaitable[Any]]) -> bytes | None:
         limit = self.settings.max_body_bytes
@@ -251,9 +194,11 @@ class App:
                           headers=((b"connection", b"close"),))  # fmt: skip
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _send(
-        self, send: Any, connection: Protocol | None, request: Request, answer: Answer, seconds: float
-    ) -> None:
+    def _request_id(self, headers: dict[bytes, bytes]) -> bytes:
+        given = headers.get(b"x-request-id", b"")
+        return given if _REQUEST_ID.match(given) else self._id_prefix + b"%x" % next(self._ids)
+
+    def _headers(self, request: Request, answer: Answer, seconds: float) -> list[Header]:
         headers: list[Header] = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
@@ -283,9 +228,7 @@ class App:
         origin = request.headers.get(b"origin")
         if origin is not None and (origin in self._origins or b"*" in self._origins):
             headers += [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
-        with connection.one_write() if connection is not None else contextlib.nullcontext():
-            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-            await send({"type": "http.response.body", "body": answer.body})
+        return headers
 
     def _count(self, request: Request, route: str, status: int, problem: Problem | None, seconds: float) -> None:
         metrics = self.metrics
