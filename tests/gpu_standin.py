@@ -122,7 +122,7 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> list[StandInSession]:
     monkeypatch.setattr(cuda_graphs, "import_onnxruntime", lambda: module)
     for user in (cuda_graphs, cuda_session, tensorrt_session):
         monkeypatch.setattr(user, "open_on_gpu", open_on_gpu)
-    monkeypatch.setattr(cuda_session, "cuda_runtime", lambda: None)
+    monkeypatch.setattr(cuda_session, "cuda_runtime", lambda device_id: None)
     monkeypatch.setattr(backends, "read_card", lambda device_id: CARD)
     monkeypatch.setattr(backends, "tensorrt_version", lambda: "10.16.1")
     return opened

@@ -245,6 +245,20 @@ def test_pinned_memory_is_registered_and_released() -> None:
         PinnedBuffer(64, types.SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=unregister))
 
 
+def test_memory_is_pinned_for_the_card_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    cards: list[int] = []
+
+    def load(name: str) -> Any:
+        loaded.append(name)
+        return types.SimpleNamespace(cudaSetDevice=cards.append)
+
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: types.SimpleNamespace(cuda_version="13.0"))
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert providers.cuda_runtime(3) is not None
+    assert (loaded, cards) == (["libcudart.so.13"], [3])
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_pinned_memory_stays_where_it_is_after_a_fork() -> None:
     """A private page would be copied at the first write, and the card go on reading the old one."""

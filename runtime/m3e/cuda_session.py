@@ -29,6 +29,7 @@ class CardSession:
     """What the sessions on a card have in common: two batches are under way, and more texts tokenised meanwhile.
 
     Args:
+        device_id: Which card.
         dim: Length of a vector.
         max_batch_tokens: Upper bound on rows x longest row of a batch.
     """
@@ -36,12 +37,12 @@ class CardSession:
     threads = 2  # while one waits for Python, the card works for the other
     window: int | None = 2048
 
-    def __init__(self, dim: int, max_batch_tokens: int) -> None:
+    def __init__(self, device_id: int, dim: int, max_batch_tokens: int) -> None:
         self.max_batch_tokens = max_batch_tokens
         self._dim = dim
         self._most_rows = max(1, max_batch_tokens // 8)
         # Four arrays of int32, or two of int64, over at most every cell of the rectangle; and the vectors.
-        size, cudart = 16 * max_batch_tokens + 4 * dim * self._most_rows + (1 << 16), cuda_runtime()
+        size, cudart = 16 * max_batch_tokens + 4 * dim * self._most_rows + (1 << 16), cuda_runtime(device_id)
         self._buffers: queue.SimpleQueue[PinnedBuffer] = queue.SimpleQueue()
         for _ in range(self.threads + 1):
             self._buffers.put(PinnedBuffer(size, cudart))
@@ -122,7 +123,7 @@ class CudaSession(CardSession):
     ) -> None:
         self._feed = feed
         self._session = open_on_gpu(model, CUDA, cuda_options(device_id, cuda_graphs=False))
-        super().__init__(model_facts.embedding_dim, batch_tokens(model_facts, memory_bytes))
+        super().__init__(device_id, model_facts.embedding_dim, batch_tokens(model_facts, memory_bytes))
         self._graphs: CudaGraphs | None = None
         if cuda_graphs:
             try:

@@ -146,11 +146,16 @@ def preload(provider: str) -> None:
                 ctypes.CDLL(str(Path(spec.submodule_search_locations[0]) / name), mode=ctypes.RTLD_GLOBAL)
 
 
-def cuda_runtime() -> Any | None:
-    """Give libcudart, as the CUDA provider has loaded it; None if it was built for none."""
+def cuda_runtime(device_id: int) -> Any | None:
+    """Give libcudart, as the CUDA provider loads it, and set this thread to a card; None if there is no such library.
+
+    A thread that was not set is on card 0, whose memory the first call would take a share of.
+    """
     version = getattr(import_onnxruntime(), "cuda_version", "") or ""
     with contextlib.suppress(OSError):
-        return ctypes.CDLL(f"libcudart.so.{version.partition('.')[0]}")
+        cudart = ctypes.CDLL(f"libcudart.so.{version.partition('.')[0]}")
+        cudart.cudaSetDevice(device_id)
+        return cudart
     return None
 
 

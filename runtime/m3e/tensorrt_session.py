@@ -110,7 +110,7 @@ class TensorrtSession(CardSession):
         folder: Path,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        super().__init__(model_facts.embedding_dim, max_tokens(model_facts, memory_bytes))
+        super().__init__(device_id, model_facts.embedding_dim, max_tokens(model_facts, memory_bytes))
         self._edges = edges(model_facts.max_seq_length)
         self._sessions: list[tuple[Profile, Any]] = []
         found = profiles(self.max_batch_tokens, model_facts.max_seq_length)
