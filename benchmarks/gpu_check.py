@@ -87,7 +87,7 @@ def _run(parsed: argparse.Namespace) -> None:
             "machine": _machine(card),
             "model": "random weights of m3e-" + parsed.shape if parsed.checkpoint is None else Path(checkpoint).name,
             "length": LENGTH,
-            "matmul_tflops": matmul_tflops(parsed.seconds) if on_gpu else None,
+            "matmul_tflops": matmul_tflops(parsed.device_id, parsed.seconds) if on_gpu else None,
             "peers": {} if parsed.no_peer else _peers(checkpoint, texts, parsed),
             "runs": [],
             "left_out": {},
@@ -165,7 +165,9 @@ def tokens_rate(session: AnySession, vocab_size: int, length: int, seconds: floa
     """Tokens a second from token ids of one length, through the session's own plan and as many threads as it wants."""
     rng = np.random.default_rng(0)
     budget = getattr(session, "max_batch_tokens", 1024)
-    ids = rng.integers(0, vocab_size, (max(1, 4 * budget // length), length)).tolist()
+    ids = rng.integers(
+        0, vocab_size, (max(1, 16 * budget // length), length)
+    ).tolist()  # starting and ending counts little
     batches = [[ids[row] for row in rows] for rows in session.plan(np.full(len(ids), length))]
 
     def everything() -> None:
@@ -206,17 +208,17 @@ def _latencies(encoder: Encoder, text: str, seconds: float) -> list[float]:
     return samples
 
 
-def matmul_tflops(seconds: float) -> float:
+def matmul_tflops(device_id: int, seconds: float) -> float:
     """The card's FP16 matrix product as torch does it, 8192 cubed."""
     import torch
 
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
+    size, card = 8192, f"cuda:{device_id}"
+    a, b = (torch.randn(size, size, device=card, dtype=torch.float16) for _ in range(2))
 
     def product() -> None:
         for _ in range(8):
             torch.mm(a, b)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(card)
 
     return 8 * 2 * size**3 / timed(product, seconds) / 1e12
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,24 @@ def test_the_first_of_two_builders_stays(tmp_path: Path) -> None:
     assert len(list(cache.root.iterdir())) == 1
 
 
+def test_what_killed_builders_left_is_removed(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "cache")
+    left, building = (cache.root / f".{name}.tmp-1-ab" for name in ("ab" * 16, "cd" * 16))
+    for folder in (left, building):
+        folder.mkdir(mode=0o700)
+        (folder / "half").write_bytes(b"half")
+    os.utime(left, times=(0, time.time() - 90000))
+    found = put(cache)
+    assert sorted(cache.root.iterdir()) == sorted([building, found])
+
+
+def test_engines_that_cannot_be_put_in_place_are_an_error(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "cache")
+    (cache.root / KEY.digest()).write_text("no folder")
+    with pytest.raises(StartError, match=r"cannot be written: .*Not a directory"):
+        put(cache)
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
 def test_a_cache_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
     (tmp_path / "cache").mkdir()
@@ -218,13 +237,7 @@ def test_cuda_stays_where_the_engines_fail(
 def test_tensorrt_that_does_not_take_the_graph_is_an_error(
     gpu_bundle: Path, standin: list[StandInSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = StandInSession.run
-
-    def without_engine(self: StandInSession, *given: Any) -> Any:
-        self.provider = "CUDAExecutionProvider"
-        return run(self, *given)
-
-    monkeypatch.setattr(StandInSession, "run", without_engine)
+    monkeypatch.setattr(StandInSession, "builds", False)
     encoder = Encoder(gpu_bundle, device="tensorrt", engine_cache=tmp_path / "cache")
     assert encoder.engine_build is not None
     with pytest.raises(StartError, match="left no engine"):

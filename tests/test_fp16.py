@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,6 +195,32 @@ def test_every_architecture(target: str, kind: str) -> None:
             check_kind(loaded, choose_kinds(["fp16"], [target], None)[0])
     else:
         agree(target, loaded)
+
+
+TAKEN = json.loads((Path(__file__).parent / "data" / "tensorrt_operators.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [*((kind, "mean") for kind in ARCHITECTURES if kind != "bert"), *(("bert", name) for name in (*POOLINGS, *UNIEM))],
+)
+def test_tensorrt_takes_every_operator_with_its_type(kind: str, pooling: str) -> None:
+    """An operator that its parser does not take would be left to the CPU, in the middle of the graph."""
+    _, loaded = load(kind, *POOLINGS.get(pooling, ([pooling], "")))
+    refused = set()
+    for sites in (None, quantize(loaded) if pooling == "mean" else None):
+        model = onnx.shape_inference.infer_shapes(build_tensorrt_graph(loaded, (), sites), strict_mode=True)
+        graph = model.graph
+        types = {item.name: item.type.tensor_type.elem_type for item in [*graph.input, *graph.value_info]}
+        types |= {item.name: item.data_type for item in graph.initializer}
+        for node in graph.node:
+            data = node.input[1] if node.op_type == "Where" else node.input[0]
+            values = [data, *(node.output if node.op_type == "Cast" else ())]
+            given = {onnx.TensorProto.DataType.Name(types[value]) for value in values if value in types}
+            assert given, f"{node.op_type} {node.name} has a value whose type is not known"
+            if not given <= set(TAKEN.get(node.op_type, ())):
+                refused.add((node.op_type, *given))
+    assert not refused
 
 
 def agree(target: str, loaded: Checkpoint) -> None:

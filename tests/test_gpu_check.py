@@ -60,7 +60,7 @@ def test_every_run_on_the_stand_in(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(gpu_check, "read_card", lambda device_id: CARD)
-    monkeypatch.setattr(gpu_check, "matmul_tflops", lambda seconds: 1.0)
+    monkeypatch.setattr(gpu_check, "matmul_tflops", lambda device_id, seconds: 1.0)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_check, "tokens_rate", lambda *_: 1e6)  # the stand-in takes seconds for a batch
     given = ["--shape", "tiny", "--seconds", "0.01", "--texts", str(texts), "--no-peer"]

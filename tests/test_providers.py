@@ -2,23 +2,40 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
+import os
 import subprocess
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from m3e import DependencyError, Encoder, InferenceError, InputError, StartError, backends, gpu, providers, running
-from m3e.cuda_session import BUCKETS, CudaSession, batch_tokens
+from m3e import (
+    DependencyError,
+    Encoder,
+    InferenceError,
+    InputError,
+    StartError,
+    backends,
+    cuda_graphs,
+    gpu,
+    providers,
+    running,
+)
+from m3e.cuda_graphs import BUCKETS
+from m3e.cuda_session import CudaSession, batch_tokens
 from m3e.feeds import pack, rectangle
 from m3e.gpu import PinnedBuffer
 from m3e.manifest import Model
 from m3e.overlap import ahead
 from m3e.plan import plan_sorted
-from m3e.providers import CUDA, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
+from m3e.providers import CUDA, NO_CPU, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
 from tests.gpu_standin import StandInSession, standin
 
 __all__ = ["standin"]
@@ -58,11 +75,32 @@ def test_the_list_of_options_is_the_wheels(tmp_path: Path) -> None:
             content = archive.read(f"onnxruntime/capi/libonnxruntime_providers_{library}.so")
             for name in ACCEPTED[provider]:
                 assert f"{name}\0".encode() in content, name
+        content = archive.read("onnxruntime/capi/libonnxruntime.so.1.31.1")
+        for key in ("gpu_graph_id", NO_CPU):
+            assert f"{key}\0".encode() in content, key
+
+
+def test_a_graph_that_must_be_taken_whole_leaves_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is onnxruntime's own: with the CPU as the provider it finds itself contradicted."""
+    monkeypatch.setattr(providers, "has_provider", lambda provider: True)
+    monkeypatch.setattr(providers, "missing_library", lambda provider: None)
+    with pytest.raises(StartError, match="explicitly added the CPU EP to the session, but also disabled fallback"):
+        open_on_gpu(one_node(), "CPUExecutionProvider", {}, whole=True)
+    assert open_on_gpu(one_node(), "CPUExecutionProvider", {})._model_bytes is None
+
+
+def one_node() -> bytes:
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", values[:1], values[1:])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model: onnx.ModelProto = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def test_an_onnxruntime_without_the_provider_says_what_to_install() -> None:
     with pytest.raises(DependencyError, match=r"no CUDAExecutionProvider.*m3e-runtime\[gpu\].*cannot be installed"):
-        open_on_gpu(b"", CUDA, [(CUDA, {})])
+        open_on_gpu(b"", CUDA, {})
 
 
 def fake_onnxruntime(folder: Path, active: list[str], error: Exception | None = None) -> Any:
@@ -109,7 +147,7 @@ def test_a_provider_that_misses_a_library_is_an_error_that_names_it(
         fake = fake_onnxruntime(tmp_path, ["CPUExecutionProvider"], error)
         monkeypatch.setattr(providers, "import_onnxruntime", lambda fake=fake: fake)
         with pytest.raises(StartError, match=f"{provider} cannot be loaded: {needs}.*; install .*another device"):
-            open_on_gpu(b"", provider, [(provider, {})])
+            open_on_gpu(b"", provider, {})
 
 
 def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +158,7 @@ def test_a_provider_that_did_not_start_or_refuses_the_graph(tmp_path: Path, monk
     ]:
         monkeypatch.setattr(providers, "import_onnxruntime", lambda fake=fake: fake)
         with pytest.raises(StartError, match=message):
-            open_on_gpu(b"", CUDA, [(CUDA, {})])
+            open_on_gpu(b"", CUDA, {})
 
 
 def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
@@ -132,6 +170,15 @@ def test_auto_takes_cuda_where_it_starts_and_says_so_where_it_does_not(
 
     def fail(device_id: int) -> None:
         raise StartError("there is no NVIDIA driver here")
+
+    # A card for which this onnxruntime has no kernels opens, and fails at the golden texts.
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graphs, "BUCKETS", ())
+        patch.setattr(StandInSession, "run_with_iobinding", lambda *_: 1 / 0)
+        with pytest.warns(RuntimeWarning, match=r"takes the CPU, not CUDA: .*no vectors for the golden texts"):
+            assert Encoder(gpu_bundle, device="auto").device == "cpu"
+        with pytest.raises(StartError, match=r"onnx/model_fp16\.onnx gives no vectors for the golden texts.*division"):
+            Encoder(gpu_bundle, device="cuda")
 
     monkeypatch.setattr(backends, "read_card", fail)
     with pytest.warns(RuntimeWarning, match="takes the CPU, not CUDA: there is no NVIDIA driver here"):
@@ -190,11 +237,39 @@ def test_pinned_memory_is_registered_and_released() -> None:
     first[...], second[...] = 1, 2
     assert (first.sum(), second.sum()) == (15, 14)
     assert first.ctypes.data == calls[0][1]
+    assert first.ctypes.data % mmap.PAGESIZE == 0  # no other lock holds its pages
     assert second.ctypes.data % 256 == first.ctypes.data % 256
     del buffer
     assert [name for name, *_ in calls] == ["register", "unregister"]
     with pytest.raises(StartError, match=r"cannot lock 64 bytes.*error 2"):
         PinnedBuffer(64, types.SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=unregister))
+
+
+def test_memory_is_pinned_for_the_card_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    cards: list[int] = []
+
+    def load(name: str) -> Any:
+        loaded.append(name)
+        return types.SimpleNamespace(cudaSetDevice=cards.append)
+
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: types.SimpleNamespace(cuda_version="13.0"))
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert providers.cuda_runtime(3) is not None
+    assert (loaded, cards) == (["libcudart.so.13"], [3])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_pinned_memory_stays_where_it_is_after_a_fork() -> None:
+    """A private page would be copied at the first write, and the card go on reading the old one."""
+    (view,) = PinnedBuffer(4096, None).views([((4096,), np.dtype(np.uint8))])
+    view[:] = 1
+    child = os.fork()
+    if child == 0:
+        view[:] = 2
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (view == 2).all()
 
 
 IDS = [[2, 300, 3], [2, 8, 9, 10, 3], [2, 3]]
@@ -250,12 +325,30 @@ def test_cuda_gives_the_cpus_vectors(gpu_bundle: Path, standin: list[StandInSess
     texts = sentences[::5]
     encoder = Encoder(gpu_bundle, device="cuda")
     assert (encoder.device, encoder.precision) == ("cuda", "fp16")
-    assert len(standin[0].captured) == len(BUCKETS)
+    eager, capturing = standin
+    assert (len(eager.captured), len(capturing.captured)) == (0, len(BUCKETS))
     exact = unit(Encoder(gpu_bundle).encode(texts))
     assert np.abs(unit(encoder.encode(texts)) - exact).max() < 2e-3
     alone = unit(np.stack([encoder.encode(text) for text in texts[:40]]))
     assert np.abs(alone - exact[:40]).max() < 2e-3
     assert np.abs(unit(encoder.encode(texts, batch_size=3)) - exact).max() < 2e-3
+
+
+def test_threads_of_the_caller_never_run_the_session_that_captures(
+    gpu_bundle: Path, standin: list[StandInSession], sentences: list[str]
+) -> None:
+    """Its replays write to memory that onnxruntime holds for free, so nothing else may run there at that moment."""
+    encoder = Encoder(gpu_bundle, device="cuda")
+    calls: list[Any] = [text for text in sentences if len(text) < 60][:24]
+    calls[::3] = [[*calls[:40], "长" * 300]] * len(calls[::3])  # too much for any bucket
+    exact = [Encoder(gpu_bundle).encode(call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for vectors, expected in zip(pool.map(encoder.encode, calls), exact, strict=True):
+            assert np.abs(unit(vectors) - unit(expected)).max() < 2e-3
+    eager, capturing = standin
+    assert len(capturing.threads) == 1
+    assert not capturing.threads & eager.threads
+    assert (eager.options["enable_cuda_graph"], capturing.options["enable_cuda_graph"]) == ("0", "1")
 
 
 def test_fp32_on_cuda_is_the_cpus_graph(gpu_bundle: Path, standin: list[StandInSession]) -> None:
@@ -271,8 +364,10 @@ def test_cuda_graphs_that_cannot_be_captured_are_told_of(
     monkeypatch.setattr(StandInSession, "refuse_capture", True)
     with pytest.warns(RuntimeWarning, match="CUDA graphs are off.*capture is not possible"):
         encoder = Encoder(gpu_bundle, device="cuda")
-    assert standin[-1].options["enable_cuda_graph"] == "0"
+    ran = len(standin[0].threads), len(standin[1].threads)
     assert encoder.encode("你好").shape == (64,)
+    assert ran == (1, 1)  # the canary; the attempt to capture
+    assert threading.get_ident() in standin[0].threads
 
 
 def test_many_windows_are_put_back_in_order(

@@ -87,12 +87,14 @@ class GpuPoolingNodes(PoolingNodes):
     """
 
     def __init__(self, builder: HalfBuilder, rectangle: str, lengths: str) -> None:
-        # 1, 2, 3 ... in every row, without a look at the shape.
-        ones = builder.op("Cast", builder.op("Equal", rectangle, rectangle), to=INT32)
+        # 1, 2, 3 ... in every row, without a look at the shape; in FP32, because TensorRT adds up no whole numbers.
+        ones = builder.op("Cast", builder.op("Equal", rectangle, rectangle), to=FLOAT)
         places = builder.op("CumSum", ones, builder.const("one", 1, np.int64))
-        inside = builder.op("LessOrEqual", places, builder.op("Unsqueeze", lengths, builder.int64(1)))
+        ends = builder.op("Unsqueeze", builder.op("Cast", lengths, to=FLOAT), builder.int64(1))
+        inside = builder.op("LessOrEqual", places, ends)
         self.attention_mask = builder.op("Cast", inside, to=onnx.TensorProto.INT64)
         super().__init__(builder, "", mask=self.attention_mask)
+        self._place = places
 
     def _sum(self, tokens: str, weights: str) -> str:
         weighted = self._builder.op(

@@ -111,10 +111,10 @@ class TensorrtSteps:
             return SiteValue(b.op("Slice", table, b.int64(0), self._seq_len), dtype, EMBEDDINGS)
         # Pad tokens in a text, and whatever stands behind its end, have row 0 and are not counted.
         is_pad = b.op("Equal", "input_ids", b.const("pad_token_id", pad, np.int32))
-        counted = b.op("Cast", b.op("Not", is_pad), to=INT32)
+        counted = b.op("Cast", b.op("Not", is_pad), to=FLOAT)  # TensorRT adds up no whole numbers
         count = b.op("CumSum", counted, b.const("one", 1, np.int64))
-        rows = b.op("Mul", b.op("Mul", count, counted), b.op("Cast", self._mask, to=INT32))
-        return SiteValue(b.op("Gather", table, rows), dtype, EMBEDDINGS)
+        rows = b.op("Mul", b.op("Mul", count, counted), b.op("Cast", self._mask, to=FLOAT))
+        return SiteValue(b.op("Gather", table, b.op("Cast", rows, to=INT32)), dtype, EMBEDDINGS)
 
     def linears(self, site: str, names: Sequence[str], x: Value) -> list[SiteValue]:
         """Linear layers of one input."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from m3e.errors import StartError
+from m3e.errors import InferenceError, StartError
 from m3e.manifest import Graph, Manifest, decode_array
 from m3e.session import Float32Array
 from m3e.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def check_canary(manifest: Manifest, graph: Graph, tokenizer: Tokenizer, session
         The largest difference between unit vectors.
 
     Raises:
-        StartError: Other token ids, or vectors that differ by more than the graph's ``canary_tolerance``.
+        StartError: Other token ids, vectors that differ by more than the graph's ``canary_tolerance``, or none at all.
     """
     golden = manifest.golden
     tokens = tokenizer([item.text for item in golden])
@@ -40,7 +40,11 @@ def check_canary(manifest: Manifest, graph: Graph, tokenizer: Tokenizer, session
                 f"(with tokenizers {manifest.created_with.get('tokenizers')}); install that version, or convert again"
             )
     expected = decode_array(graph.golden_embeddings, (len(golden), manifest.model.embedding_dim))
-    difference = float(np.abs(normalize(session.run(tokens.input_ids)) - normalize(expected)).max())
+    try:
+        vectors = session.run(tokens.input_ids)
+    except InferenceError as error:
+        raise StartError(f"{graph.file} gives no vectors for the golden texts on this machine: {error}") from error
+    difference = float(np.abs(normalize(vectors) - normalize(expected)).max())
     if not difference <= graph.canary_tolerance:
         raise StartError(
             f"{graph.file} gives other vectors on this machine than when it was made: they differ by {difference:.1e}, "

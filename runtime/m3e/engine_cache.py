@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import stat
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from m3e.cache import cache_folder
 from m3e.errors import StartError
 
 _LIST = "engines.json"
+# A build takes minutes; what is this old was left by a process that died.
+_ABANDONED_S = 86400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +112,27 @@ class EngineCache:
         """
         folder = self.root / f".{key.digest()}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
+            self._remove_leftovers()
             folder.mkdir(mode=0o700)
             yield folder
             content = {"key": dataclasses.asdict(key), "files": _fingerprints(folder)}
             (folder / _LIST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            with contextlib.suppress(OSError):  # the other's folder is in place and not empty
+            try:
                 folder.rename(self.root / key.digest())
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # then the other's folder is in place
+                    raise
         except OSError as error:
             raise StartError(f"the engine cache {str(self.root)!r} cannot be written: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what builders left that were killed, hundreds of megabytes each."""
+        for path in self.root.glob(".*.tmp-*"):
+            with contextlib.suppress(OSError):  # another process may be as quick
+                if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(path)
 
 
 def _check_private(folder: Path) -> None:

@@ -7,6 +7,7 @@ CUDA_VISIBLE_DEVICES like everything else that uses the card.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,9 @@ class PinnedBuffer:
 
     def __init__(self, size_bytes: int, cudart: Any | None) -> None:
         self.size_bytes = size_bytes
-        self._memory = np.zeros(size_bytes, dtype=np.uint8)
+        # Pages of its own: locking works by the page. And shared ones, so that a fork of this process, by whomever,
+        # leaves them where the card copies from; private pages would move at the next write.
+        self._memory = np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
         self._cudart = cudart
         self._address = ctypes.c_void_p(self._memory.ctypes.data)
         if cudart is not None and (code := cudart.cudaHostRegister(self._address, ctypes.c_size_t(size_bytes), 0)):

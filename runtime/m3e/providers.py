@@ -18,6 +18,8 @@ from m3e.session import import_onnxruntime
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
 _EXTRAS = {CUDA: "gpu", TENSORRT: "tensorrt"}
+# onnxruntime_session_options_config_keys.h; the CPU must not be among the providers then.
+NO_CPU = "session.disable_cpu_ep_fallback"
 _WHERE = {
     CUDA: 'install CUDA 13 and cuDNN 9 (pip install "onnxruntime-gpu[cuda,cudnn]" nvidia-cublas)',
     TENSORRT: 'install TensorRT 10 (pip install "m3e-runtime[tensorrt]") beside CUDA 13',
@@ -31,7 +33,7 @@ def cuda_options(device_id: int, *, cuda_graphs: bool) -> dict[str, str]:
 
     Args:
         device_id: Which card.
-        cuda_graphs: Whether runs may be captured; only a graph that never asks the CPU for a shape can be.
+        cuda_graphs: Whether runs are captured: of a graph that never asks the CPU for a shape, and from one thread.
     """
     return {
         "device_id": str(device_id),
@@ -69,13 +71,14 @@ def tensorrt_options(device_id: int, folder: Path, timing: Path, profile: dict[s
     }
 
 
-def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, str]]]) -> Any:
+def open_on_gpu(model: bytes, provider: str, options: dict[str, str], *, whole: bool = False) -> Any:
     """Open a graph and make sure that the provider took it.
 
     Args:
         model: The ONNX file's bytes.
         provider: The provider that must load.
-        options: Providers with their options, that one first.
+        options: Its options.
+        whole: Refuse a graph of which the provider leaves an operator to the CPU.
 
     Returns:
         An ``onnxruntime.InferenceSession`` that never falls back.
@@ -95,9 +98,11 @@ def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, 
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1  # the few operators on shapes need no more
     settings.log_severity_level = 4  # what fails is raised below, with its reason
+    if whole:
+        settings.add_session_config_entry(NO_CPU, "1")
     try:
         # Without its own fall-back, which would open the graph on the CPU and print.
-        session = onnxruntime.InferenceSession(model, settings, providers=options, enable_fallback=0)
+        session = onnxruntime.InferenceSession(model, settings, providers=[(provider, options)], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
         if (missing := missing_library(provider)) is not None:
             raise StartError(f"{provider} cannot be loaded: {missing}") from error
@@ -109,6 +114,7 @@ def open_on_gpu(model: bytes, provider: str, options: list[tuple[str, dict[str, 
             f"{provider} did not start, though its libraries are all there; look whether nvidia-smi sees the card and "
             "the driver is new enough"
         )
+    session._model_bytes = None  # kept for the fall-back alone, and the weights are on the card now
     return session
 
 
@@ -140,11 +146,16 @@ def preload(provider: str) -> None:
                 ctypes.CDLL(str(Path(spec.submodule_search_locations[0]) / name), mode=ctypes.RTLD_GLOBAL)
 
 
-def cuda_runtime() -> Any | None:
-    """Give libcudart, as the CUDA provider has loaded it; None if it was built for none."""
+def cuda_runtime(device_id: int) -> Any | None:
+    """Give libcudart, as the CUDA provider loads it, and set this thread to a card; None if there is no such library.
+
+    A thread that was not set is on card 0, whose memory the first call would take a share of.
+    """
     version = getattr(import_onnxruntime(), "cuda_version", "") or ""
     with contextlib.suppress(OSError):
-        return ctypes.CDLL(f"libcudart.so.{version.partition('.')[0]}")
+        cudart = ctypes.CDLL(f"libcudart.so.{version.partition('.')[0]}")
+        cudart.cudaSetDevice(device_id)
+        return cudart
     return None
 
 

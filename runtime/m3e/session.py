@@ -18,6 +18,7 @@ from m3e.feeds import Feeds, pad
 from m3e.plan import MAX_BATCH_TOKENS, attention_width, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
+OUTPUT = "sentence_embedding"
 
 # Batches further apart than this do not belong to one queue.
 _APART_S = 0.05
@@ -73,7 +74,7 @@ class Session:
         self,
         input_ids: list[list[int]],
         seq_len: int | None = None,
-        output: str = "sentence_embedding",
+        output: str = OUTPUT,
         *,
         prompt_length: int = 0,
     ) -> Float32Array:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3e.cuda_session import OUTPUT, CardSession, batch_tokens
-from m3e.errors import InferenceError, M3EError, StartError
+from m3e.cuda_session import CardSession, batch_tokens
+from m3e.errors import InferenceError, StartError
 from m3e.feeds import rectangle
 from m3e.manifest import Model
 from m3e.plan import plan_sorted
@@ -110,7 +110,7 @@ class TensorrtSession(CardSession):
         folder: Path,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.max_batch_tokens = max_tokens(model_facts, memory_bytes)
+        super().__init__(device_id, model_facts.embedding_dim, max_tokens(model_facts, memory_bytes))
         self._edges = edges(model_facts.max_seq_length)
         self._sessions: list[tuple[Profile, Any]] = []
         found = profiles(self.max_batch_tokens, model_facts.max_seq_length)
@@ -119,12 +119,11 @@ class TensorrtSession(CardSession):
             own = folder / f"engine_{number}"
             own.mkdir(mode=0o700, exist_ok=True)
             options = tensorrt_options(device_id, own, folder, profile.shapes())
-            session = open_on_gpu(model, TENSORRT, [(TENSORRT, options), ("CPUExecutionProvider", {})])
-            self._sessions.append((profile, session))
-            # The provider builds at the first run.
-            self.run_profile(number - 1, [[0] * profile.seq_len[0]])
+            # The provider builds here, because every input has a profile.
+            self._sessions.append((profile, open_on_gpu(model, TENSORRT, options, whole=True)))
             if not list(own.glob("*.engine")):
-                raise StartError(f"TensorRT left no engine for {profile}: it did not take the graph whole")
+                raise StartError(f"TensorRT left no engine for {profile} in {str(own)!r}")
+            self.run_profile(number - 1, [[0] * profile.seq_len[0]])  # what a first run sets up is no request's wait
 
     def plan(
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
@@ -157,10 +156,10 @@ class TensorrtSession(CardSession):
         """Run one batch on a certain engine."""
         _, session = self._sessions[number]
         try:
-            (result,) = session.run([OUTPUT], rectangle(input_ids))
+            vectors = self._run_on(session, rectangle(input_ids), len(input_ids))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InferenceError(f"TensorRT failed on a batch of {len(input_ids)} texts: {error}") from error
-        return check_finite(result)
+        return check_finite(vectors)
 
 
 def max_tokens(model_facts: Model, memory_bytes: int) -> int:
@@ -208,6 +207,6 @@ class EngineBuild:
         if self.state == "building":
             raise StartError(f"the engines are not built after {timeout_s} s; they still build")
         if self.error is not None:
-            if isinstance(self.error, M3EError):
+            if isinstance(self.error, StartError):
                 raise self.error
             raise StartError(f"the engines could not be built: {self.error}") from self.error
