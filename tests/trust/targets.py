@@ -22,6 +22,7 @@ from m3e.server.problems import Dialect, Problem
 from m3e.server.requests import Request, parse_field, parse_inputs, parse_object
 from m3e.server.settings import Settings
 from m3e.tokenizer import Tokenizer
+from m3e.tokenizer_check import check_tokenizer
 
 Target = Callable[[bytes], None]
 # Folder of the bundle whose files are the seeds.
@@ -108,6 +109,7 @@ def tokenize(data: bytes) -> None:
 def open_tokenizer(data: bytes) -> None:
     """Any tokenizer.json: a tokenizer or a BundleError."""
     with contextlib.suppress(BundleError):
+        check_tokenizer(data, _VOCAB_SIZE)
         Tokenizer(data, 512)
 
 
