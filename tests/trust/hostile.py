@@ -377,11 +377,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "tensor behind the end": (_weights((_NO_TABLE % ("1000", "4000")).encode()), "as safetensors"),
     "shape that overflows": (_weights((_NO_TABLE % (f"{2**62},4", "0")).encode()), "as safetensors"),
     "id of 2^31": (_tokenizer({"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
-    "id of 2^64": (_tokenizer({"[UNK]": 2**64}), "cannot be read as a tokenizer"),
+    "id of 2^64": (_tokenizer({"[UNK]": 2**64}), f"has ids up to {2**64}"),
     "regular expression that is broken": (
         _tokenizer({"[UNK]": 0}, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("},
-                                                "behavior": "Isolated", "invert": False}), "as a tokenizer"),
-    "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "as a tokenizer"),
+                                                "behavior": "Isolated", "invert": False}),
+        "pre_tokenizer Split has the regular expression"),
+    "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "model 'Evil' is not"),
     "deep tokenizer": (_json("tokenizer.json", "[" * 100_000), "as a tokenizer"),
 }  # fmt: skip
 
