@@ -68,7 +68,7 @@ def test_a_hostile_graph_is_refused(folder: Path, opened: list[bytes], name: str
 @pytest.mark.parametrize("name", hostile.MANIFESTS)
 def test_a_hostile_manifest_is_refused(folder: Path, opened: list[bytes], name: str) -> None:
     change, message = hostile.MANIFESTS[name]
-    (folder / "manifest.json").write_bytes(change(hostile.read_manifest(folder)).to_bytes())
+    hostile.replace_manifest(folder, change)
     with pytest.raises(BundleError, match=re.escape(f"manifest.json.{message}")):
         Encoder(folder)
     assert opened == []

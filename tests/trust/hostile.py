@@ -407,6 +407,11 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_bytes((folder / "manifest.json").read_bytes())
 
 
+def replace_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """Change the manifest of a bundle and seal it."""
+    (folder / "manifest.json").write_bytes(change(read_manifest(folder)).to_bytes())
+
+
 def replace_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the tokenizer of a bundle and seal the manifest: names, sizes and hashes agree."""
     content = json.loads((folder / "tokenizer.json").read_bytes())

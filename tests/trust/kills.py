@@ -8,8 +8,10 @@ one and the hook goes with it.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
+import hashlib
 import os
 import random
 import shutil
@@ -23,6 +25,7 @@ from unittest import mock
 
 from m3e.bundle import Bundle
 from m3e.errors import BundleError, ExportError
+from m3e.manifest import File, Manifest
 from m3e_export import publish
 from m3e_export.layout import write
 from m3e_export.publish import check_target, staged
@@ -52,6 +55,15 @@ def publish_in_place(files: dict[str, bytes], target: Path) -> None:
             (target / name).write_bytes(data)
     except OSError as error:
         raise ExportError(str(error)) from error
+
+
+def bundle_of(tiny_bundle: Path, word: bytes) -> dict[str, bytes]:
+    """A small bundle that says one word in every file, so that files of two of them would not go together."""
+    names = ["config.json", "onnx/model.onnx", "tokenizer.json", "1_Pooling/config.json"]
+    files = dict.fromkeys(names, word * 100)
+    manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
+    listed = {name: File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    return files | {"manifest.json": dataclasses.replace(manifest, files=listed).to_bytes()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
