@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3e.errors import CheckpointError, DependencyError
+from m3e.tokenizer import is_failure
 from m3e.tokenizer_check import tokenizer_problems
 from m3e_export.files import read_json
 
@@ -58,7 +59,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
             tokenizer = Tokenizer.from_str(json.dumps(content))
         except CheckpointError:
             raise
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise CheckpointError(f"{str(path)!r} cannot be read as a tokenizer: {error}") from error
     elif (folder / "vocab.txt").exists() and kind in _BERT_CLASSES:
         tokenizer = _from_vocabulary(folder / "vocab.txt", options)

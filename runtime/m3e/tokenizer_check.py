@@ -1,36 +1,55 @@
-"""A ``tokenizer.json`` before the library tokenizers sees it: made of what real encoders' tokenizers are made of.
+"""A ``tokenizer.json`` before the library tokenizers sees it: what it may do to a text, and which ids it may give.
 
-The library compiles any regular expression with a backtracking engine, repeats any replacement, and gives any id. So
-the kinds of steps are listed, the regular expressions are those of published tokenizers, to the letter, no step makes
-a text longer, and every id has a row in the model's table of embeddings.
+The library knows steps that cost what their author likes: a regular expression runs in a backtracking engine, a
+replacement may make a megabyte of a letter, and an id need not be one of the model's. So the kinds of steps are listed;
+a regular expression is made as those of published tokenizers are, which takes time quadratic in a text at worst; no
+text grows more than a few times; and every id has a row in the model's table of embeddings.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from m3e.errors import BundleError
 
-# What BERT's and RoBERTa's families, XLM-R's SentencePiece, DeBERTa, ALBERT and ModernBERT have, by the part's name.
+# What tokenizers 0.23 knows and an encoder may have, by the part's name.
 _TYPES = {
-    "normalizer": {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled", "Replace", "Strip",
-                   "StripAccents"},
-    "pre_tokenizer": {"BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace",
-                      "WhitespaceSplit"},
-    "model": {"BPE", "Unigram", "WordPiece"},
+    "normalizer": {"BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled",
+                   "Prepend", "Replace", "Strip", "StripAccents"},
+    "pre_tokenizer": {"BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation",
+                      "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"},
+    "model": {"BPE", "Unigram", "WordLevel", "WordPiece"},
     "post_processor": {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"},
     "decoder": {"BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"},
 }  # fmt: skip
 _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
-# Of transformers' converters of SentencePiece models, and of DeBERTa-v2; each takes time linear in the text.
-_PATTERNS = {" {2,}", r"\s{2,}|[\n\r\t]"}
 _MOST_STEPS = 32
+# What all replacements of a part together may make of a character.
+_MOST_GROWTH = 16
 # BERT's is 100; the time for a word grows with its square.
 _LONGEST_WORD = 200
-# The template's pieces of one text: [CLS], the text and [SEP].
-_MOST_PIECES = 3
+# Around a text: [CLS] and [SEP], and what instructions and languages need.
+_MOST_SPECIAL_TOKENS = 8
+
+# A regular expression, by what its parts are: A a character or a class, Q one with ``?``, N one with a count, M one
+# repeated without bound, B ... E a group and B ... F one with ``?``, I the bar between alternatives.
+_LONGEST_EXPRESSION = 1000
+_ATOM = (
+    r"(?:\\[pP]\{\^?\w+\}|\\x\{[\dA-Fa-f]+\}|\\x[\dA-Fa-f]{2}|\\u[\dA-Fa-f]{4}|\\[AbBdDhHnrsStvwWzZ]|\\[^\w\s]"
+    r"|\[(?:\\.|\[[^\[\]]*\]|[^\\\[\]])+\]|[^\\\[\](){}|*+?])"
+)
+_PARTS = re.compile(
+    rf"(?P<M>{_ATOM}(?:[*+][?+]?|\{{\d,\}}))|(?P<Q>{_ATOM}\?[?+]?)|(?P<N>{_ATOM}\{{\d(?:,\d)?\}})|(?P<A>{_ATOM})"
+    r"|(?P<B>\((?:\?(?:i?:|<?[=!]))?)|(?P<F>\)\?)|(?P<E>\))|(?P<I>\|)"
+)
+# Such as GPT-4's ``[^\r\n\p{L}\p{N}]?\p{L}+`` (QM), ``[^\s\p{L}\p{N}]+[\r\n]*`` (MM) and ``\s+(?!\S)`` (MBAE). No group
+# is repeated, there are few choices, and nothing can fail behind a second M: that would be time cubic in the text.
+_ALTERNATIVE = "A*[QN]{0,2}A*(?:B[AI]*[EF]A*|MA*(?:M(?:Q|B[AI]*F)?|[QN]A*|BA*[EF]A*)?)?"
+_EXPRESSION = re.compile(f"{_ALTERNATIVE}(?:I{_ALTERNATIVE})*")
 
 
 def check_tokenizer(data: bytes, vocab_size: int) -> None:
@@ -67,7 +86,10 @@ def tokenizer_problems(content: Any, vocab_size: int) -> list[str]:
             continue
         if len(steps) > _MOST_STEPS:
             problems.append(f"{part} has {len(steps)} steps, expected at most {_MOST_STEPS}")
-        problems += [problem for step in steps[:_MOST_STEPS] for problem in _step_problems(part, step, vocab_size)]
+            continue
+        problems += [problem for step in steps for problem in _step_problems(part, step, vocab_size)]
+        if math.prod(map(_growth, steps)) > _MOST_GROWTH:
+            problems.append(f"{part} makes texts more than {_MOST_GROWTH} times as long")
     return [*problems, *_model_problems(model, content.get("added_tokens") or [], vocab_size)]
 
 
@@ -98,20 +120,18 @@ def _step_problems(part: str, step: dict[str, Any], vocab_size: int) -> Iterator
         yield f"{part} {kind!r:.60} is not supported, expected {', '.join(sorted(_TYPES[part]))}"
         return
     if kind in ("Split", "Replace"):
-        pattern, content = step.get("pattern"), step.get("content", "")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        string = pattern.get("String") if isinstance(pattern, dict) else pattern
-        if regex is not None and (not isinstance(regex, str) or regex not in _PATTERNS):
-            yield f"{part} {kind} has the regular expression {regex!r:.60}, expected one of {sorted(_PATTERNS)}"
-        elif regex is None and not (isinstance(string, str) and string):
+        regex, string = _pattern(step)
+        if regex is None and not string:
             yield f"{part} {kind} has no pattern"
-        longest = 1 if regex is not None else len(string or "")
-        if not isinstance(content, str) or len(content) > longest:
-            yield f"{part} {kind} makes texts longer: it puts {content!r:.60} for each {pattern!r:.60}"
+        elif regex is not None and not _is_plain(regex):
+            yield (
+                f"{part} {kind} has the regular expression {regex:.80}, expected alternatives of characters, classes "
+                "and repeated classes"
+            )
     if kind == "TemplateProcessing":
         single, specials = step.get("single"), step.get("special_tokens")
-        if not isinstance(single, list) or len(single) > _MOST_PIECES:
-            yield f"{part} puts more than {_MOST_PIECES - 1} special tokens around a text"
+        if not isinstance(single, list) or len(single) > _MOST_SPECIAL_TOKENS + 1:
+            yield f"{part} puts more than {_MOST_SPECIAL_TOKENS} special tokens around a text"
         tokens = list(specials.values()) if isinstance(specials, dict) else [specials]
         ids = [token.get("ids") if isinstance(token, dict) else None for token in tokens]
         if not all(isinstance(one, list) and len(one) == 1 and _is_id(one[0], vocab_size) for one in ids):
@@ -135,12 +155,13 @@ def _model_problems(model: dict[str, Any], added: Any, vocab_size: int) -> Itera
         yield f"model has max_input_chars_per_word {longest!r:.60}, expected at most {_LONGEST_WORD}"
     vocabulary = model.get("vocab")
     try:
-        by_token = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
+        missing = {token["content"] for token in added} - {""}
+        if isinstance(vocabulary, dict):
+            ids, missing = list(vocabulary.values()), missing - vocabulary.keys()
+        else:
+            ids, missing = list(range(len(vocabulary))), missing - {token for token, _ in vocabulary}
         # Added tokens that the vocabulary lacks are numbered from its end, whatever the file says of their ids.
-        contents = {token["content"] for token in added} - {""}
-        ids = list(by_token.values())
-        last = max([len(vocabulary) - 1, *(by_token[token] for token in contents & by_token.keys())])
-        largest = max([*ids, last + len(contents - by_token.keys())])
+        largest = max([*ids, len(ids) + len(missing) - 1])
     except (TypeError, KeyError, ValueError):
         yield "model has no vocabulary of tokens and ids"
         return
@@ -148,6 +169,28 @@ def _model_problems(model: dict[str, Any], added: Any, vocab_size: int) -> Itera
         yield "model has an empty vocabulary"
     if not all(map(_is_number, ids)) or largest >= vocab_size:
         yield f"it has ids up to {largest}, the model has {vocab_size} word embeddings"
+
+
+def _pattern(step: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The regular expression or the string that a step looks for."""
+    pattern = step.get("pattern")
+    found = (pattern.get("Regex"), pattern.get("String")) if isinstance(pattern, dict) else (None, pattern)
+    regex, string = (each if isinstance(each, str) else None for each in found)
+    return regex, string
+
+
+def _is_plain(expression: str) -> bool:
+    parts = _PARTS.sub(lambda part: part.lastgroup or "", expression[: _LONGEST_EXPRESSION + 1])
+    return len(expression) <= _LONGEST_EXPRESSION and _EXPRESSION.fullmatch(parts) is not None
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many characters a step may make of one."""
+    if step.get("type") == "Prepend":
+        return 1 + len(str(step.get("prepend")))
+    if step.get("type") != "Replace":
+        return 1
+    return max(1, -(-len(str(step.get("content"))) // len(_pattern(step)[1] or "-")))
 
 
 def _is_id(value: Any, vocab_size: int) -> bool:

@@ -219,24 +219,29 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _tokens(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}),
         "decoder Replace has the regular expression"),
     "expression that outgrows memory": (_replace({"Regex": "((a{9999}){9999}){9999}"}, ""), "normalizer Replace has"),
-    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer Replace makes texts longer"),
+    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer makes texts more than 16 times"),
+    "replacements of replacements": (
+        _tokens(normalizer={"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 20}),
+        "normalizer makes texts more than 16 times"),
+    "a megabyte in front": (_tokens(normalizer={"type": "Prepend", "prepend": "a" * 2**20}), "normalizer makes texts"),
     "replacement of nothing": (_replace({"String": ""}, "a"), "normalizer Replace has no pattern"),
     "a thousand steps": (
         _tokens(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 1000}),
         "normalizer has 1000 steps"),
-    "normalizer of another kind": (_tokens(normalizer={"type": "Prepend", "prepend": "a"}), "normalizer 'Prepend'"),
+    "normalizer of another kind": (_tokens(normalizer={"type": "Evil"}), "normalizer 'Evil'"),
     "pre-tokenizer without a kind": (_tokens(pre_tokenizer={"pattern": "a"}), "pre_tokenizer None"),
-    "model of another kind": (_tokens(model__type="WordLevel"), "model 'WordLevel'"),
+    "model of another kind": (_tokens(model__type="Evil"), "model 'Evil'"),
     "words of 2^40 characters": (_tokens(model__max_input_chars_per_word=2**40), "max_input_chars_per_word"),
     "dropout": (_tokens(model__dropout=0.1), "dropout of 0.1"),
     "empty vocabulary": (_tokens(model__vocab={}), "empty vocabulary"),
     "vocabulary of another kind": (_tokens(model__vocab=3), "no vocabulary"),
     "vocabulary larger than the model": (
-        _tokens(model__vocab={str(i): i for i in range(100_000)}), "has ids up to 99999"),
+        _tokens(model__vocab={str(i): i for i in range(100_000)}), "has ids up to 100004"),
     "id of 2^31": (_tokens(model__vocab={"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
     "added tokens beyond the model": (
         _tokens(added_tokens=[{"id": i, "content": f"<{i}>"} for i in range(30_000)]), "has ids up to"),
-    "a thousand special tokens": (_template(*["[CLS]"] * 1000, ids=[2]), "more than 2 special tokens"),
+    "a thousand special tokens": (_template(*["[CLS]"] * 1000, ids=[2]), "more than 8 special tokens"),
     "special token of many ids": (_template("[CLS]", ids=[2] * 1000), "other ids"),
     "special token beyond the model": (_template("[CLS]", ids=[2**31]), "other ids"),
 }  # fmt: skip
@@ -382,6 +387,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         _tokenizer({"[UNK]": 0}, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("},
                                                 "behavior": "Isolated", "invert": False}),
         "pre_tokenizer Split has the regular expression"),
+    "vocabulary without a line": (_json("vocab.txt", ""), r"lacks \[UNK\]"),
+    "vocabulary without a token": (_tokenizer({}), "an empty vocabulary"),
+    "map that SentencePiece did not write": (
+        _tokenizer({"[UNK]": 0}, normalizer={"type": "Precompiled", "precompiled_charsmap": ""}), "as a tokenizer"),
     "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "model 'Evil' is not"),
     "deep tokenizer": (_json("tokenizer.json", "[" * 100_000), "as a tokenizer"),
 }  # fmt: skip
