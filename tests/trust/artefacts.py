@@ -38,7 +38,7 @@ def measure_kills(count: int) -> Outcome:
         failures += kills.at_random_moments(old, new, folder, count)
         in_place = kills.at_random_moments(old, new, folder, 20, publisher=kills.publish_in_place)
     caught = {**_in_place(("SIGKILL",)), "an exporter that writes in place, at random moments": bool(in_place)}
-    return Outcome(_summary(failures, n + count), not failures, caught)
+    return Outcome(summary(failures, n + count), not failures, caught)
 
 
 def measure_errors(count: int) -> Outcome:
@@ -46,7 +46,7 @@ def measure_errors(count: int) -> Outcome:
     with working_folder() as folder:
         runs = [_every_operation(_FAULTS, folder) for _ in counted(count)]
     failures = [failure for _, found in runs for failure in found]
-    return Outcome(_summary(failures, sum(n for n, _ in runs)), not failures, _in_place(_FAULTS))
+    return Outcome(summary(failures, sum(n for n, _ in runs)), not failures, _in_place(_FAULTS))
 
 
 def _every_operation(faults: tuple[str, ...], folder: Path) -> tuple[int, list[str]]:
@@ -77,7 +77,7 @@ def measure_damage(count: int) -> Outcome:
         survivors = flips.flip(folder, count) + flips.truncate(folder, max(1, count // 4))
         without = flips.flip(folder, 20, load=flips.without_hashes)
         Bundle(folder).verify()
-    return Outcome(_summary(survivors, count + count // 4), not survivors, {"a loader without hashes": bool(without)})
+    return Outcome(summary(survivors, count + count // 4), not survivors, {"a loader without hashes": bool(without)})
 
 
 def measure_hostile(count: int) -> Outcome:
@@ -85,9 +85,7 @@ def measure_hostile(count: int) -> Outcome:
     survivors = [name for _ in counted(count) for name in hostile_survivors(_open)]
     without = hostile_survivors(lambda folder: Bundle(folder).verify())
     n = len(hostile.GRAPHS) + len(hostile.MANIFESTS) + len(hostile.TOKENIZERS) + len(hostile.CHECKPOINTS)
-    return Outcome(
-        _summary(survivors, n * count), not survivors, {"a loader that verifies hashes alone": bool(without)}
-    )
+    return Outcome(summary(survivors, n * count), not survivors, {"a loader that verifies hashes alone": bool(without)})
 
 
 def _open(folder: Path) -> None:
@@ -180,7 +178,8 @@ def _publish_often(publisher: kills.Publisher, files: dict[str, bytes], target: 
                 raise
 
 
-def _summary(failures: list[str], count: int) -> str:
+def summary(failures: list[str], count: int) -> str:
+    """How many of how many, and the first."""
     return f"{len(failures)} of {count:,}" + (f"; first: {failures[0]}" if failures else "")
 
 
