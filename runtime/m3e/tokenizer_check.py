@@ -153,7 +153,7 @@ def _model_problems(model: dict[str, Any], added: Any, vocab_size: int) -> Itera
     longest = model.get("max_input_chars_per_word", 0)
     if not isinstance(longest, int) or not 0 <= longest <= _LONGEST_WORD:
         yield f"model has max_input_chars_per_word {longest!r:.60}, expected at most {_LONGEST_WORD}"
-    vocabulary = model.get("vocab")
+    vocabulary: Any = model.get("vocab")
     try:
         missing = {token["content"] for token in added} - {""}
         if isinstance(vocabulary, dict):

@@ -6,14 +6,18 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from m3e import BundleError, CheckpointError, ExportError
 from m3e.bundle import Bundle
 from m3e_export.pipeline import convert
 from tests.trust import Figure, Outcome, counted, flips, hostile, kills
+from tests.trust.children import in_child
 from tests.trust.models import tiny_bundle, tiny_checkpoint
 
 _FAULTS = ("ENOSPC", "EIO")
@@ -131,11 +135,34 @@ def hostile_survivors(load: flips.Load) -> list[str]:
 
 
 def measure_exporters(count: int) -> Outcome:
-    """Four exporters that replace one bundle so many times each, and a reader beside them."""
-    loads, mixed = beside_exporters(count, kills.publish_files, _read)
-    _, in_place = beside_exporters(20, kills.publish_in_place, kills.contents)
-    measured = f"{mixed} of {loads:,} loads during {4 * count:,} swaps"
-    return Outcome(measured, loads > 0 and mixed == 0, {"an exporter that writes in place": in_place > 0})
+    """So many loads beside two exporters that replace one bundle in turn."""
+    loads, swaps, mixed = beside_exporters(count, kills.publish_files, _read)
+    *_, in_place = beside_exporters(count, kills.publish_in_place, kills.contents)
+    measured = f"{mixed} of {loads:,} loads during {swaps:,} swaps"
+    return Outcome(measured, loads == count and swaps > 1 and not mixed, {"an exporter that writes in place": in_place})
+
+
+def measure_repeats(count: int) -> Outcome:
+    """So many more exports of one checkpoint, each by a process of its own; and of one with another last bit."""
+    expected = kills.contents(tiny_bundle())
+    with working_folder() as folder:
+        different = sum(_export(tiny_checkpoint(), folder) != expected for _ in counted(count))
+        other = shutil.copytree(tiny_checkpoint(), folder / "m3e-tiny")
+        weights = (other / "model.safetensors").read_bytes()
+        (other / "model.safetensors").write_bytes(weights[:-4] + bytes([weights[-4] ^ 1]) + weights[-3:])
+        caught = {"a weight with another last bit": _export(other, folder) != expected}
+    return Outcome(f"{different} of {count}", different == 0, caught)
+
+
+def _export(checkpoint: Path, folder: Path) -> dict[str, bytes]:
+    target = folder / "bundle"
+    shutil.rmtree(target, ignore_errors=True)
+    in_child(_convert, str(checkpoint), target)
+    return kills.contents(target)
+
+
+def _convert(checkpoint: str, target: Path) -> None:
+    convert(checkpoint, target, precisions=("fp32", "int8"))
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -143,39 +170,56 @@ def _read(folder: Path) -> dict[str, bytes]:
     return {name: bundle.read(name) for name in bundle.manifest.files}
 
 
-def beside_exporters(n: int, publisher: kills.Publisher, read: Read) -> tuple[int, int]:
-    """How many loads came through beside four exporters, and how many held files of two bundles."""
+def beside_exporters(count: int, publisher: kills.Publisher, read: Read) -> tuple[int, int, bool]:
+    """Load a bundle beside two exporters of its name, until a load holds files of both.
+
+    Args:
+        count: Loads that have to come through.
+        publisher: What the exporters call.
+        read: How the bundle is loaded; what it refuses is tried again.
+
+    Returns:
+        Loads that came through, swaps meanwhile, and whether the last load was a mixture.
+    """
     old, new = (kills.bundle_of(tiny_bundle(), word) for word in (b"older", b"newer"))
     context = multiprocessing.get_context("fork")
-    loads = mixed = 0
+    ended, swaps = context.Event(), context.Value("q", 0)
+    loads, mixed = 0, False
     with working_folder() as folder:
         target = folder / "bundle"
         for name, data in old.items():
             kills.write_file(target / name, data)
         exporters = [
-            context.Process(target=_publish_often, args=(publisher, files, target, n)) for files in (old, new) * 2
+            context.Process(target=_publish_until, args=(publisher, files, target, ended, swaps))
+            for files in (old, new)
         ]
         for process in exporters:
             process.start()
-        while any(process.is_alive() for process in exporters):
+        while loads < count and not mixed and all(process.is_alive() for process in exporters):
             try:
                 found = read(target)
             except (BundleError, OSError):
                 continue
             loads += 1
-            mixed += not any(found.items() <= files.items() for files in (old, new))
+            mixed = not any(found.items() <= files.items() for files in (old, new))
+        ended.set()
         for process in exporters:
             process.join()
-    return loads, mixed
+    return loads, swaps.value, mixed
 
 
-def _publish_often(publisher: kills.Publisher, files: dict[str, bytes], target: Path, n: int) -> None:
-    for _ in range(n):
+def _publish_until(
+    publisher: kills.Publisher, files: dict[str, bytes], target: Path, ended: Event, swaps: Synchronized[int]
+) -> None:
+    while not ended.is_set():
         try:
             publisher(files, target)
+            with swaps.get_lock():
+                swaps.value += 1
         except ExportError as error:  # another exporter came between
             if publisher is kills.publish_files and "nothing was published" not in str(error):
                 raise
+        time.sleep(0.01)  # several loads fit between two swaps
 
 
 def summary(failures: list[str], count: int) -> str:
@@ -188,5 +232,6 @@ FIGURES = (
     Figure("E2", "ENOSPC and EIO while exporting: target touched", "0", measure_errors, long=1),
     Figure("E3", "flipped bytes and cuts that are not refused by name", "0", measure_damage, long=1000),
     Figure("E4", "hostile bundles and checkpoints that are not refused", "0", measure_hostile, long=1),
-    Figure("E7", "loads beside exporters that mix bundles", "0", measure_exporters, long=300),
+    Figure("E5", "exports of one input that differ in a byte", "0", measure_repeats, quick=1, long=5),
+    Figure("E7", "loads beside exporters that mix bundles", "0", measure_exporters, long=2000, soak=10_000),
 )

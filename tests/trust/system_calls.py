@@ -52,7 +52,8 @@ def at_every_call(
     Returns:
         How many cases ran, and a line for each that broke the promise.
     """
-    target, failures, count = folder / "bundle", [], 0
+    target, count = folder / "bundle", 0
+    failures: list[str] = []
     for name in CALLS:
         for n in itertools.count(1):
             lay_out(old, folder, target)
@@ -111,7 +112,8 @@ def measure(faults: tuple[str, ...], _: int) -> Outcome:
     """Every call, with a bundle that was there before and without one."""
     assert shutil.which("strace"), "this figure needs strace: apt-get install strace"
     old, new = (bundle_of(tiny_bundle(), word) for word in (b"older", b"newer"))
-    count, failures, caught = 0, [], {}
+    count, caught = 0, {}
+    failures: list[str] = []
     with working_folder() as folder:
         for fault in faults:
             for before in (None, old):
