@@ -138,7 +138,7 @@ def measure_exporters(count: int) -> Outcome:
     """So many loads beside two exporters that replace one bundle in turn."""
     loads, swaps, mixed = beside_exporters(count, kills.publish_files, _read)
     *_, in_place = beside_exporters(count, kills.publish_in_place, kills.contents)
-    measured = f"{mixed} of {loads:,} loads during {swaps:,} swaps"
+    measured = f"{int(mixed)} of {loads:,} loads during {swaps:,} swaps"
     return Outcome(measured, loads == count and swaps > 1 and not mixed, {"an exporter that writes in place": in_place})
 
 
