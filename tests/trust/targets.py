@@ -152,11 +152,22 @@ def careless_text(data: bytes) -> None:
 def careless_graph(data: bytes) -> None:
     """Believes the lengths in a protobuf."""
     place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            value, shift, place = value | (byte & 127) << shift, shift + 7, place + 1
+            if byte < 128:
+                return value
+
     while place < len(data):
-        if data[place] & 7 == 2:
-            place += 2 + data[place + 1]
+        if number() & 7 == 2:
+            place += number()
+            data[place - 1]
         else:
-            place += 1
+            number()
 
 
 def careless_tokenizer(data: bytes) -> None:
