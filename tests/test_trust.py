@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.trust import TIERS, Figure, Tier, figures
+from tests.trust import TIERS, Figure, Tier, figures, supply
 
 MARKS: dict[Tier, list[pytest.MarkDecorator]] = {
     "quick": [],
@@ -33,3 +33,13 @@ def test_a_goal_is_met_and_the_controls_are_caught(figure: Figure, tier: Tier) -
 def test_ids_are_unique() -> None:
     ids = [figure.id for figure in figures()]
     assert len(set(ids)) == len(ids), ids
+
+
+def test_an_audit_without_a_service_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody listens
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert supply.main() == 2
+    assert "NOT AUDITED: no vulnerability service could be asked (osv: " in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 
 from m3e import BundleError, CheckpointError, Encoder
 from m3e.bundle import Bundle
+from m3e.tokenizer_check import check_tokenizer
 from m3e_export.pipeline import convert
 from tests.trust import flips, hostile
 
@@ -67,10 +68,28 @@ def test_a_hostile_graph_is_refused(folder: Path, opened: list[bytes], name: str
 @pytest.mark.parametrize("name", hostile.MANIFESTS)
 def test_a_hostile_manifest_is_refused(folder: Path, opened: list[bytes], name: str) -> None:
     change, message = hostile.MANIFESTS[name]
-    (folder / "manifest.json").write_bytes(change(hostile.read_manifest(folder)).to_bytes())
+    hostile.replace_manifest(folder, change)
     with pytest.raises(BundleError, match=re.escape(f"manifest.json.{message}")):
         Encoder(folder)
     assert opened == []
+
+
+@pytest.mark.parametrize("name", hostile.TOKENIZERS)
+def test_a_hostile_tokenizer_is_refused(
+    folder: Path, opened: list[bytes], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = hostile.TOKENIZERS[name]
+    hostile.replace_tokenizer(folder, change)
+    Bundle(folder).verify()  # the manifest is right about every file
+    monkeypatch.delattr("tokenizers.Tokenizer")  # the library sees none of it
+    with pytest.raises(BundleError, match=rf"tokenizer\.json is refused before it is opened: .*{re.escape(message)}"):
+        Encoder(folder)
+    assert opened == []
+
+
+def test_a_tokenizer_key_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read: a key is there twice"):
+        check_tokenizer(b'{"model": {}, "normalizer": {"type": "NFC"}, "normalizer": null}', 10)
 
 
 def test_a_loader_without_the_check_is_caught(

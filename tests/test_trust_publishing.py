@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -15,25 +13,16 @@ import pytest
 from m3e import ExportError
 from m3e.bundle import Bundle
 from m3e.errors import BundleError
-from m3e.manifest import File, Manifest
 from tests.trust.kills import (
     FAULTS,
     at_every_operation,
     at_random_moments,
+    bundle_of,
     contents,
     publish_files,
     publish_in_place,
     write_file,
 )
-
-
-def bundle_of(tiny_bundle: Path, word: bytes) -> dict[str, bytes]:
-    """A small bundle that says one word in every file, so that files of two of them would not go together."""
-    names = ["config.json", "onnx/model.onnx", "tokenizer.json", "1_Pooling/config.json"]
-    files = dict.fromkeys(names, word * 100)
-    manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
-    listed = {name: File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    return files | {"manifest.json": dataclasses.replace(manifest, files=listed).to_bytes()}
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from m3e.errors import CheckpointError, DependencyError
+from m3e.tokenizer import is_failure
+from m3e.tokenizer_check import tokenizer_problems
 from m3e_export.files import read_json
 
 # tokenizer_config.json -> BertNormalizer, with the default of the first. transformers' WordPiece tokenizers let the
@@ -53,8 +55,13 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
             content = json.loads(path.read_text(encoding="utf-8"))
             if kind in _WORDPIECE_CLASSES and (content.get("normalizer") or {}).get("type") == "BertNormalizer":
                 content["normalizer"].update(options)
+            _check(content, path, vocab_size)
             tokenizer = Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # tokenizers raises bare Exception
+        except CheckpointError:
+            raise
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise CheckpointError(f"{str(path)!r} cannot be read as a tokenizer: {error}") from error
     elif (folder / "vocab.txt").exists() and kind in _BERT_CLASSES:
         tokenizer = _from_vocabulary(folder / "vocab.txt", options)
@@ -66,12 +73,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not 0 <= largest < vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {str(folder)!r} has ids up to {largest}, the model has {vocab_size} word embeddings"
-        )
-    return str(tokenizer.to_str(pretty=False)).encode("utf-8")
+    data = str(tokenizer.to_str(pretty=False)).encode("utf-8")
+    _check(json.loads(data), folder, vocab_size)
+    return data
 
 
 def complete_config(
@@ -96,6 +100,11 @@ def complete_config(
     named = {name: content for name, content in usual.items() if content is not None}
     classes = {"tokenizer_class": "PreTrainedTokenizerFast"} if not own else {}
     return {**named, **special_tokens, **classes, **own, "model_max_length": max_seq_length}
+
+
+def _check(content: Any, path: Path, vocab_size: int) -> None:
+    if problems := tokenizer_problems(content, vocab_size):
+        raise CheckpointError(f"the tokenizer of {str(path)!r} cannot be converted: {'; '.join(problems)}")
 
 
 def _read_options(path: Path) -> tuple[dict[str, Any], str | None]:

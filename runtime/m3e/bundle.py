@@ -14,6 +14,7 @@ from pathlib import Path
 from m3e.errors import BundleError
 from m3e.graph_check import check_graph
 from m3e.manifest import MANIFEST_NAME, File, Graph, Manifest
+from m3e.tokenizer_check import check_tokenizer
 
 # The one file that may come later: what this bundle's similarities mean, learnt on its owner's pairs. It decides no
 # vector, so the manifest does not know it; it carries its own hash.
@@ -104,6 +105,19 @@ class Bundle:
         """
         data = self.read(graph.file)
         check_graph(data, graph)
+        return data
+
+    def read_tokenizer(self) -> bytes:
+        """Read ``tokenizer.json``, and refuse what the library tokenizers should not see.
+
+        Returns:
+            The file.
+
+        Raises:
+            BundleError: As `read`; or it holds a step that no encoder's tokenizer has, or ids that the model lacks.
+        """
+        data = self.read("tokenizer.json")
+        check_tokenizer(data, self.manifest.model.vocab_size)
         return data
 
     def side_file(self) -> bytes | None:

@@ -94,7 +94,7 @@ class Encoder:
         opened = Bundle(self._folder)
         self.manifest = opened.manifest
         self.num_threads = num_threads or available_threads()
-        self._tokenizer = Tokenizer(opened.read("tokenizer.json"), self.manifest.model.max_seq_length)
+        self._tokenizer = Tokenizer(opened.read_tokenizer(), self.manifest.model.max_seq_length)
         self.calibration = load_calibration(opened.side_file(), self.manifest)
         self._running = RunningGraph(
             opened,

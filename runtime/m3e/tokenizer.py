@@ -47,16 +47,18 @@ class Tokenizer:
     """
 
     def __init__(self, data: bytes, max_seq_length: int) -> None:
+        self.max_seq_length = max_seq_length
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # tokenizers raises bare Exception
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._cut = cutter(self._tokenizer)
+            # Ids behind the text ([SEP]); truncation cuts before them. The template does not depend on the text.
+            self._n_suffix = _trailing(self._tokenizer.encode("a").special_tokens_mask)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise BundleError(f"tokenizer.json cannot be read: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.max_seq_length = max_seq_length
-        self._cut = cutter(self._tokenizer)
-        # Ids behind the text ([SEP]); truncation cuts before them. The template does not depend on the text.
-        self._n_suffix = _trailing(self._tokenizer.encode("a").special_tokens_mask)
 
     def __call__(self, texts: Sequence[str]) -> TokenIds:
         """Tokenise texts; right truncation keeps the closing special tokens.
@@ -127,11 +129,18 @@ class Tokenizer:
                 _check_unicode(text, first + i)
             raise
         except BaseException as error:
-            # A panic of tokenizers' Rust, such as no memory for its threads; its class is no Exception and has no name
-            # to import.
-            if type(error).__name__ == "PanicException":
-                raise InferenceError(f"tokenizers failed on {len(texts)} texts: {error}") from error
-            raise
+            if not is_failure(error):
+                raise
+            raise InferenceError(f"tokenizers failed on {len(texts)} texts: {error}") from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether the library tokenizers failed, and not somebody who ends the process.
+
+    Its errors are bare Exceptions. What panics in its Rust, such as for want of memory for its threads, is of a class
+    that is no Exception and has no name to import.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_texts(sentences: Any) -> list[str]:

@@ -89,7 +89,7 @@ def write_repository(
         Path(names["graph"], "config.pbtxt"): _graph(
             names["graph"], model.embedding_dim, max_batch_size, device
         ).encode(),
-        Path(names["tokenizer"], "1", "tokenizer.json"): bundle.read("tokenizer.json"),
+        Path(names["tokenizer"], "1", "tokenizer.json"): bundle.read_tokenizer(),
         Path(names["tokenizer"], "1", "model.py"): TOKENIZER_MODEL.encode(),
         Path(names["tokenizer"], "config.pbtxt"): _tokenizer(
             names["tokenizer"], model.max_seq_length, max_batch_size

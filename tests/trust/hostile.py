@@ -184,6 +184,68 @@ def _certificate(**fields: object) -> Callable[[Manifest], Manifest]:
     return change
 
 
+def _tokens(**parts: object) -> Callable[[dict[str, Any]], object]:
+    """Change parts of a ``tokenizer.json``; of its model by ``model__NAME``."""
+
+    def change(content: dict[str, Any]) -> None:
+        for name, value in parts.items():
+            *above, last = name.split("__")
+            (content["model"] if above else content)[last] = value
+
+    return change
+
+
+def _replace(pattern: dict[str, str], content: str) -> Callable[[dict[str, Any]], object]:
+    return _tokens(normalizer={"type": "Replace", "pattern": pattern, "content": content})
+
+
+def _template(*pieces: str, ids: list[int]) -> Callable[[dict[str, Any]], object]:
+    single = [{"SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
+    specials = {piece: {"id": piece, "ids": ids, "tokens": [piece] * len(ids)} for piece in pieces}
+    return _tokens(
+        post_processor={"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": specials}
+    )
+
+
+_EVIL = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+# A change of a bundle's tokenizer.json, which is sealed again; and a word of the refusal.
+TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "evil expression": (_tokens(pre_tokenizer=_EVIL), "pre_tokenizer Split has the regular expression"),
+    "evil expression in a sequence": (
+        _tokens(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [_EVIL]}]}),
+        "pre_tokenizer Split has the regular expression"),
+    "evil expression in the decoder": (
+        _tokens(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}),
+        "decoder Replace has the regular expression"),
+    "expression that outgrows memory": (_replace({"Regex": "((a{9999}){9999}){9999}"}, ""), "normalizer Replace has"),
+    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer makes texts more than 16 times"),
+    "replacements of replacements": (
+        _tokens(normalizer={"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 20}),
+        "normalizer makes texts more than 16 times"),
+    "a megabyte in front": (_tokens(normalizer={"type": "Prepend", "prepend": "a" * 2**20}), "normalizer makes texts"),
+    "replacement of nothing": (_replace({"String": ""}, "a"), "normalizer Replace has no pattern"),
+    "a thousand steps": (
+        _tokens(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 1000}),
+        "normalizer has 1000 steps"),
+    "normalizer of another kind": (_tokens(normalizer={"type": "Evil"}), "normalizer 'Evil'"),
+    "pre-tokenizer without a kind": (_tokens(pre_tokenizer={"pattern": "a"}), "pre_tokenizer None"),
+    "model of another kind": (_tokens(model__type="Evil"), "model 'Evil'"),
+    "words of 2^40 characters": (_tokens(model__max_input_chars_per_word=2**40), "max_input_chars_per_word"),
+    "dropout": (_tokens(model__dropout=0.1), "dropout of 0.1"),
+    "empty vocabulary": (_tokens(model__vocab={}), "empty vocabulary"),
+    "vocabulary of another kind": (_tokens(model__vocab=3), "no vocabulary"),
+    "vocabulary larger than the model": (
+        _tokens(model__vocab={str(i): i for i in range(100_000)}), "has ids up to 100004"),
+    "id of 2^31": (_tokens(model__vocab={"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
+    "added tokens beyond the model": (
+        _tokens(added_tokens=[{"id": i, "content": f"<{i}>"} for i in range(30_000)]), "has ids up to"),
+    "a thousand special tokens": (_template(*["[CLS]"] * 1000, ids=[2]), "more than 8 special tokens"),
+    "special token of many ids": (_template("[CLS]", ids=[2] * 1000), "other ids"),
+    "special token beyond the model": (_template("[CLS]", ids=[2**31]), "other ids"),
+}  # fmt: skip
+
 # A change of a manifest, which is sealed again; and what the refusal begins with.
 MANIFESTS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "texts of -1 tokens": (_model(max_seq_length=-1), "model.max_seq_length is -1, expected 3 to"),
@@ -320,11 +382,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "tensor behind the end": (_weights((_NO_TABLE % ("1000", "4000")).encode()), "as safetensors"),
     "shape that overflows": (_weights((_NO_TABLE % (f"{2**62},4", "0")).encode()), "as safetensors"),
     "id of 2^31": (_tokenizer({"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
-    "id of 2^64": (_tokenizer({"[UNK]": 2**64}), "cannot be read as a tokenizer"),
+    "id of 2^64": (_tokenizer({"[UNK]": 2**64}), f"has ids up to {2**64}"),
     "regular expression that is broken": (
         _tokenizer({"[UNK]": 0}, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("},
-                                                "behavior": "Isolated", "invert": False}), "as a tokenizer"),
-    "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "as a tokenizer"),
+                                                "behavior": "Isolated", "invert": False}),
+        "pre_tokenizer Split has the regular expression"),
+    "vocabulary without a line": (_json("vocab.txt", ""), r"lacks \[UNK\]"),
+    "vocabulary without a token": (_tokenizer({}), "an empty vocabulary"),
+    "map that SentencePiece did not write": (
+        _tokenizer({"[UNK]": 0}, normalizer={"type": "Precompiled", "precompiled_charsmap": ""}), "as a tokenizer"),
+    "tokenizer of another kind": (_json("tokenizer.json", '{"model": {"type": "Evil"}}'), "model 'Evil' is not"),
     "deep tokenizer": (_json("tokenizer.json", "[" * 100_000), "as a tokenizer"),
 }  # fmt: skip
 
@@ -347,6 +414,22 @@ def replace_graph(folder: Path, change: Callable[..., object]) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle."""
     return Manifest.from_bytes((folder / "manifest.json").read_bytes())
+
+
+def replace_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """Change the manifest of a bundle and seal it."""
+    (folder / "manifest.json").write_bytes(change(read_manifest(folder)).to_bytes())
+
+
+def replace_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tokenizer of a bundle and seal the manifest: names, sizes and hashes agree."""
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    change(content)
+    data = json.dumps(content).encode()
+    (folder / "tokenizer.json").write_bytes(data)
+    manifest, entry = read_manifest(folder), File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    sealed = dataclasses.replace(manifest, files={**manifest.files, "tokenizer.json": entry})
+    (folder / "manifest.json").write_bytes(sealed.to_bytes())
 
 
 def seal(folder: Path, graph: Graph) -> None:

@@ -8,8 +8,10 @@ one and the hook goes with it.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
+import hashlib
 import os
 import random
 import shutil
@@ -23,6 +25,7 @@ from unittest import mock
 
 from m3e.bundle import Bundle
 from m3e.errors import BundleError, ExportError
+from m3e.manifest import File, Manifest
 from m3e_export import publish
 from m3e_export.layout import write
 from m3e_export.publish import check_target, staged
@@ -30,7 +33,7 @@ from m3e_export.publish import check_target, staged
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "wrapped"}
 FAULTS: dict[str, int | None] = {"SIGKILL": None, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 # How a child that was not killed ended.
-_PUBLISHED, _UNREACHED, _REFUSED, _FAILED = range(10, 14)
+PUBLISHED, UNREACHED, REFUSED, FAILED = range(10, 14)
 
 Publisher = Callable[[dict[str, bytes], Path], None]
 
@@ -52,6 +55,15 @@ def publish_in_place(files: dict[str, bytes], target: Path) -> None:
             (target / name).write_bytes(data)
     except OSError as error:
         raise ExportError(str(error)) from error
+
+
+def bundle_of(tiny_bundle: Path, word: bytes) -> dict[str, bytes]:
+    """A small bundle that says one word in every file, so that files of two of them would not go together."""
+    manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
+    names = ["config.json", "tokenizer.json", "1_Pooling/config.json", *(graph.file for graph in manifest.graphs)]
+    files = dict.fromkeys(names, word * 100)
+    listed = {name: File(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    return files | {"manifest.json": dataclasses.replace(manifest, files=listed).to_bytes()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,14 +98,13 @@ def at_every_operation(
     """
     target, failures, count = folder / "bundle", [], 0
     while True:
-        _lay_out(old, folder, target)
+        lay_out(old, folder, target)
         attempt = functools.partial(_publish_with_fault, publisher, new, target, count * step, fault, exchange)
         status = _in_child(attempt)
-        if status == _UNREACHED:
+        if status == UNREACHED:
             break
-        problem = _problem(status, old, new, target, exchange)
-        if problem is not None:
-            failures.append(f"{fault} at operation {count * step}: {problem}")
+        if found := problem(status, old, new, target, exchange):
+            failures.append(f"{fault} at operation {count * step}: {found}")
         count += 1
     if contents(folder) != {f"bundle/{name}": data for name, data in new.items()}:
         failures.append("without a fault, the new bundle is not all that is there")
@@ -111,7 +122,7 @@ def at_random_moments(
 ) -> list[str]:
     """Kill a process that publishes the two bundles in turn, after a random time; a line for each broken promise."""
     rng, target, failures = random.Random(seed), folder / "bundle", []
-    _lay_out(old, folder, target)
+    lay_out(old, folder, target)
     for i in range(n_kills):
         pid = os.fork()
         if pid == 0:
@@ -126,7 +137,8 @@ def at_random_moments(
     return failures
 
 
-def _lay_out(old: dict[str, bytes] | None, folder: Path, target: Path) -> None:
+def lay_out(old: dict[str, bytes] | None, folder: Path, target: Path) -> None:
+    """Make the folder anew, with nothing but the older bundle in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in (old or {}).items():
@@ -139,14 +151,15 @@ def write_file(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _problem(
+def problem(
     status: int, old: dict[str, bytes] | None, new: dict[str, bytes], target: Path, exchange: bool
 ) -> str | None:
-    if status == _FAILED:
+    """What broke the promise, given how the publishing process ended; None if nothing did."""
+    if status == FAILED:
         return "it raised something else than ExportError"
-    if status == _PUBLISHED and contents(target) != new:
+    if status == PUBLISHED and contents(target) != new:
         return "it ended well, and the bundle is not the new one"
-    if status == _REFUSED and contents(target) != (old or {}):
+    if status == REFUSED and contents(target) != (old or {}):
         return "it said that nothing was published, and the bundle is not the older one"
     if not exchange and old is not None and not target.exists():
         try:
@@ -216,10 +229,10 @@ def _publish_with_fault(
     sys.addaudithook(strike)
     try:
         publisher(files, target)
-        status = _PUBLISHED
+        status = PUBLISHED
     except ExportError:
-        status = _REFUSED
+        status = REFUSED
     except BaseException:
-        status = _FAILED
+        status = FAILED
     armed = False
-    return status if operations > at else _UNREACHED
+    return status if operations > at else UNREACHED

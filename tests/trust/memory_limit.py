@@ -3,9 +3,10 @@
 A child limits its own address space to so much more than it has, then opens a bundle and encodes. It prints its
 vectors' hash, or the error; the parent looks at that and at how it ended.
 
-Two libraries end the process themselves when memory is short, and nothing in Python can hold them back. Rust's
-allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``: that outcome is counted apart. numpy's
-OpenBLAS exits while numpy is imported, so the limit begins behind that.
+Some libraries end the process themselves when memory is short, and nothing in Python can hold them back. Rust's
+allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``; glibc exits where not even the few bytes
+are left that a thread needs for its own variables, and C++ aborts where onnxruntime may not throw. These outcomes are
+counted apart. numpy's OpenBLAS exits while numpy is imported, so the limit begins behind that.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ print("vectors", hashlib.sha256(vectors.tobytes()).hexdigest())
 """
 _CLEAN = ("M3EError", "StartError", "InferenceError", "BundleError", "MemoryError", "DependencyError", "ImportError",
           "OSError")  # fmt: skip
+# How a library ends the process by itself: exit status, and what it says.
+_ENDS = {
+    "abort in tokenizers": (-signal.SIGABRT, r"memory allocation of \d+ bytes failed"),
+    "abort of C++": (-signal.SIGABRT, r"terminate called after throwing an instance of 'St\w*bad_alloc'"),
+    "exit of glibc": (127, "cannot allocate memory for thread-local data: ABORT"),
+}
 STAGES = ("import", "open", "encode")
 
 
@@ -70,8 +77,9 @@ def attempt(stage: str, more: int, mistake: str = "") -> tuple[str, str]:
         return found[1], said
     if done.returncode == 1 and re.match(rf"error ({'|'.join(_CLEAN)}) ", done.stdout):
         return "error", said
-    if done.returncode == -signal.SIGABRT and re.search(r"memory allocation of \d+ bytes failed", done.stderr):
-        return "abort in tokenizers", said
+    for name, (status, words) in _ENDS.items():
+        if done.returncode == status and re.search(words, done.stderr):
+            return name, said
     return f"exit status {done.returncode}", said
 
 
@@ -86,15 +94,15 @@ def measure(count: int) -> Outcome:
         more = int(i // len(STAGES) * 0.618034 % 1 * _MOST_MEGABYTES * _MEGABYTE)
         outcome, said = attempt(STAGES[i % len(STAGES)], more)
         outcomes[outcome] += 1
-        if outcome not in (right, "error", "abort in tokenizers"):
+        if outcome not in (right, "error", *_ENDS):
             others.append(f"{STAGES[i % len(STAGES)]} with {more >> 20} MB more: {outcome}, {said}")
     caught = {}
     for mistake in ("crash", "zeros"):
         outcome, _ = attempt("open", _MEGABYTE, mistake)
-        caught[mistake] = outcome not in (right, "error", "abort in tokenizers")
+        caught[mistake] = outcome not in (right, "error", *_ENDS)
     return Outcome(
-        f"{len(others)} of {count} (right {outcomes[right]}, clean errors {outcomes['error']}, aborts in tokenizers "
-        f"{outcomes['abort in tokenizers']})" + (f"; first: {others[0]}" if others else ""),
+        f"{len(others)} of {count} (right {outcomes[right]}, clean errors {outcomes['error']}, "
+        f"libraries' own ends {sum(outcomes[name] for name in _ENDS)})" + (f"; first: {others[0]}" if others else ""),
         not others,
         caught,
     )
@@ -102,7 +110,7 @@ def measure(count: int) -> Outcome:
 
 FIGURES = (
     Figure(
-        "D6", "limits of memory with another outcome than a right answer, a clean error or tokenizers' own abort", "0",
+        "D6", "limits of memory with another outcome than a right answer, a clean error or the libraries' own end", "0",
         measure, quick=4, long=150,
     ),
 )  # fmt: skip

@@ -14,7 +14,12 @@ import subprocess
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import onnx
+from onnx import numpy_helper
+
+from m3e.bundle import Bundle
 from tests.environments import ROOT, python_with
 from tests.trust import Figure, Outcome, counted
 from tests.trust.children import Died, in_child
@@ -32,17 +37,17 @@ _HOSTILE = (
 @functools.cache
 def seeds(name: str) -> list[bytes]:
     """Valid bytes of a target, short enough that a mutation hits something."""
-    if "manifest" in name or name == "careless":
+    if "manifest" in name:
         content = json.loads((tiny_bundle() / "manifest.json").read_bytes())
         content["golden"], content["embedding_ranges"] = content["golden"][:1], ""
         for graph in content["graphs"]:
             graph["golden_embeddings"] = ""
         return [(tiny_bundle() / "manifest.json").read_bytes(), json.dumps(content).encode()]
-    if name == "open_tokenizer":
-        content = json.loads((tiny_bundle() / "tokenizer.json").read_bytes())
-        content["model"]["vocab"] = {token: i for i, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"))}
-        return [json.dumps(content).encode()]
-    if name == "tokenize":
+    if "graph" in name:
+        return [_small_graph()]
+    if "tokenizer" in name:
+        return [json.dumps(content).encode() for content in _small_tokenizers()]
+    if name in ("tokenize", "careless_text"):
         return [text.encode("utf-8", "surrogatepass")[:_LONGEST_SEED] for text in mutations(3, 200)]
     bodies: list[object] = [
         {"input": "今天天气真好"}, {"input": ["a", "b"], "model": "m", "encoding_format": "base64", "dimensions": 8},
@@ -50,6 +55,47 @@ def seeds(name: str) -> list[bytes]:
         {"inputs": 1},
     ]  # fmt: skip
     return [json.dumps(body, ensure_ascii=i % 2 == 0).encode() for i, body in enumerate(bodies)]
+
+
+def _small_graph() -> bytes:
+    """The tiny bundle's graph with a few of its nodes and weights of one value, short enough to be hit."""
+    bundle = Bundle(tiny_bundle())
+    model = onnx.load_from_string(bundle.read(bundle.manifest.graphs[0].file))
+    del model.graph.node[20:], model.graph.initializer[10:]
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).flatten()[:1], tensor.name))
+    data = bytes(model.SerializeToString())
+    assert len(data) < _LONGEST_SEED
+    return data
+
+
+def _small_tokenizers() -> list[dict[str, Any]]:
+    """WordPiece, and the steps of XLM-R's and of GPT-2's families."""
+    content = json.loads((tiny_bundle() / "tokenizer.json").read_bytes())
+    content["model"]["vocab"] = {token: i for i, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"))}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    squeezed = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    words = {
+        "type": "Split",
+        "pattern": {"Regex": r"'s| ?\p{L}+|\s+(?!\S)|\s+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    unigram = {
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}, {"type": "NFKC"}, squeezed]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
+        "model": {"type": "Unigram", "unk_id": 1, "vocab": [["[PAD]", 0.0], ["[UNK]", 0.0], ["[CLS]", 0.0],
+                                                           ["[SEP]", 0.0], ["▁a", -1.5]]},
+    }  # fmt: skip
+    levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bpe = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, levels]},
+        "model": {"type": "BPE", "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5, "ab": 6},
+                  "merges": [["a", "b"]]},
+    }  # fmt: skip
+    return [content, content | unigram, content | bpe]
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -115,7 +161,7 @@ def _guided(python: Path, name: str, count: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
-        for i, seed in enumerate(seeds(name) if name in TARGETS else [b""]):
+        for i, seed in enumerate(seeds(name)):
             (corpus / str(i)).write_bytes(seed)
         roots = os.pathsep.join(str(ROOT / root) for root in ("runtime", "."))
         done = subprocess.run(

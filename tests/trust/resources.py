@@ -121,6 +121,45 @@ def measure_growth(
     )
 
 
+def encode_lengths() -> Callable[[int], object]:
+    """Encode texts of 1 to 510 tokens in no order."""
+    encoder = Encoder(tiny_bundle(), num_threads=1)
+    return lambda i: encoder.encode(["天" * (1 + i * 211 % 510)])
+
+
+def keep_by_length() -> Callable[[int], object]:
+    """The mistake: every shape that comes keeps its buffer."""
+    encode, kept = encode_lengths(), {}
+
+    def step(i: int) -> None:
+        encode(i)
+        kept[i % 2000] = bytearray(40_000)
+
+    return step
+
+
+def resident_after(make: Callable[[], Callable[[int], object]], few: int, many: int) -> tuple[int, int]:
+    """Resident bytes after few steps, and after many more. In a child."""
+    warnings.simplefilter("ignore")
+    step = make()
+    sizes = []
+    for count in (few, many):
+        for i in counted(count):
+            step(i)
+        sizes.append(usage()["bytes"])
+    return sizes[0], sizes[1]
+
+
+def measure_lengths(count: int) -> Outcome:
+    """Resident memory after so many lengths against after 1,000."""
+    tiny_bundle()
+    few, many = in_child(resident_after, encode_lengths, 1000, count, timeout_s=1e6)
+    kept, more = in_child(resident_after, keep_by_length, 1000, 2000)
+    return Outcome(
+        f"{many / few - 1:+.1%} after {count:,}", many <= 1.05 * few, {"a buffer for each shape": more > 1.05 * kept}
+    )
+
+
 def measure_threads(count: int) -> Outcome:
     """64 threads on one encoder, each answer against a serial one."""
     texts = [text[:200] for text in (*corpus("zh"), *corpus("en"))][::5]
@@ -231,6 +270,10 @@ FIGURES = (
         "D1b", "encodes in one process: growth of resident memory, descriptors, threads", "<= 8 MB, 0, 0",
         functools.partial(measure_growth, encode_any, encode_and_keep, 600, 500),
         quick=500, long=50_000, soak=1_000_000,
+    ),
+    Figure(
+        "D2", "resident memory after texts of every length, against after 1,000", "<= +5 %",
+        measure_lengths, quick=1000, long=20_000, soak=100_000,
     ),
     Figure(
         "D4", "encoders opened and dropped: growth of resident memory, descriptors, threads", "<= 8 MB, 0, 0",

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import orjson
 
-from m3e.errors import BundleError, InputError
-from m3e.manifest import MANIFEST_NAME, Manifest
+from m3e.errors import BundleError, InferenceError, InputError
+from m3e.graph_check import check_graph
+from m3e.manifest import MANIFEST_NAME, Graph, Manifest
 from m3e.server.problems import Dialect, Problem
 from m3e.server.requests import Request, parse_field, parse_inputs, parse_object
 from m3e.server.settings import Settings
 from m3e.tokenizer import Tokenizer
+from m3e.tokenizer_check import check_tokenizer
 
 Target = Callable[[bytes], None]
 # Folder of the bundle whose files are the seeds.
@@ -106,18 +108,81 @@ def tokenize(data: bytes) -> None:
 
 
 def open_tokenizer(data: bytes) -> None:
-    """Any tokenizer.json: a tokenizer or a BundleError."""
-    with contextlib.suppress(BundleError):
-        Tokenizer(data, 512)
+    """Any tokenizer.json: a tokenizer or a BundleError; and what opened tokenises or says that it cannot."""
+    with contextlib.suppress(BundleError, InferenceError):
+        check_tokenizer(data, _VOCAB_SIZE)
+        Tokenizer(data, 512)(["今天 a  b's", ""])
 
 
-def careless(data: bytes) -> None:
-    """The negative control: believes what begins like an object."""
+@functools.cache
+def _graph() -> Graph:
+    return Manifest.from_bytes((bundle() / MANIFEST_NAME).read_bytes()).graphs[0]
+
+
+def read_graph(data: bytes) -> None:
+    """Any bytes for a graph: what the manifest says, or a BundleError that names the file."""
+    try:
+        check_graph(data, _graph())
+    except BundleError as refusal:
+        message = str(refusal)
+    else:
+        return
+    assert _graph().file in message
+
+
+def careless_manifest(data: bytes) -> None:
+    """A negative control, as the others are: believes what begins like an object."""
     if data[:1] == b"{" and data[1:2] == b'"':
         json.loads(data)["format_version"]
 
 
+def careless_request(data: bytes) -> None:
+    """Believes that an object holds texts."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(data)
+        if isinstance(content, dict) and "input" in content:
+            len(content["input"])
+
+
+def careless_text(data: bytes) -> None:
+    """Believes that bytes are UTF-8."""
+    data.decode("utf-8")
+
+
+def careless_graph(data: bytes) -> None:
+    """Believes the lengths in a protobuf."""
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            value, shift, place = value | (byte & 127) << shift, shift + 7, place + 1
+            if byte < 128:
+                return value
+
+    while place < len(data):
+        if number() & 7 == 2:
+            place += number()
+            data[place - 1]
+        else:
+            number()
+
+
+def careless_tokenizer(data: bytes) -> None:
+    """Believes that what is an object has a model."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(data)
+        if isinstance(content, dict):
+            content["model"]
+
+
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (read_manifest, read_sealed_manifest, parse_request, tokenize, open_tokenizer)
+    target.__name__: target
+    for target in (read_manifest, read_sealed_manifest, read_graph, parse_request, tokenize, open_tokenizer)
 }
-CONTROLS: dict[str, Target] = {"careless": careless}
+CONTROLS: dict[str, Target] = {
+    target.__name__: target
+    for target in (careless_manifest, careless_graph, careless_request, careless_text, careless_tokenizer)
+}

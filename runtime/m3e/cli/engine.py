@@ -37,7 +37,7 @@ def _run(parsed: argparse.Namespace) -> None:
     session = engines.find()
     if session is None:
         session = engines.build(progress=lambda line: print(line, file=sys.stderr, flush=True))
-    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.max_seq_length)
+    tokenizer = Tokenizer(bundle.read_tokenizer(), bundle.manifest.model.max_seq_length)
     difference = check_canary(bundle.manifest, graph, tokenizer, session)
     sys.stdout.write(
         f"{graph.file} on {engines.key.card}: golden texts differ by {difference:.1e} "

@@ -27,7 +27,7 @@ def _run(parsed: argparse.Namespace) -> None:
     bundle = Bundle(locate(parsed.bundle))
     bundle.verify()
     sys.stdout.write(f"{len(bundle.manifest.files)} files match the manifest\n")
-    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.max_seq_length)
+    tokenizer = Tokenizer(bundle.read_tokenizer(), bundle.manifest.model.max_seq_length)
     for graph in bundle.manifest.graphs:
         if graph.target != "cpu":
             sys.stdout.write(f"{graph.file}: for {graph.target}, checked when it is opened there\n")

@@ -58,7 +58,7 @@ class Model:
         self.dim = self.manifest.model.embedding_dim
         self.max_seq_length = self.manifest.model.max_seq_length
         self.calibration = load_calibration(bundle.side_file(), self.manifest)
-        self._tokenizer_json = bundle.read("tokenizer.json")
+        self._tokenizer_json = bundle.read_tokenizer()
         self.tokenizer = Tokenizer(self._tokenizer_json, self.max_seq_length)
         self._awaiter = awaiter
         self._timeout_s = settings.request_timeout_s
