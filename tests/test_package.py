@@ -46,7 +46,9 @@ def test_the_runtime_knows_neither_the_exporter_nor_its_packages() -> None:
 def test_only_errors_is_below_the_manifest_and_nobody_imports_the_benchmarks() -> None:
     assert {name for name in imports(ROOT / "runtime/m3e/manifest.py") if name.startswith("m3e")} == {"m3e.errors"}
     below = {name for name in imports(ROOT / "runtime/m3e/bundle.py") if name.startswith("m3e")}
-    assert below == {"m3e.errors", "m3e.manifest", "m3e.graph_check"}
+    assert below == {"m3e.errors", "m3e.manifest", "m3e.graph_check", "m3e.tokenizer_check"}
+    checks = {name for name in imports(ROOT / "runtime/m3e/tokenizer_check.py") if name.startswith("m3e")}
+    assert checks == {"m3e.errors"}
     checks = {name for name in imports(ROOT / "runtime/m3e/graph_check.py") if name.startswith("m3e")}
     assert checks == {"m3e.errors", "m3e.manifest"}
     for path in (ROOT / "export").rglob("*.py"):
