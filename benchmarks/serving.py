@@ -166,8 +166,9 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    program = str(Path(python).absolute().with_name("infinity_emb"))
     process = subprocess.Popen(
-        [python, "-m", "infinity_emb", "v2", "--model-id", checkpoint, "--engine", "optimum", "--device", "cpu",
+        [program, "v2", "--model-id", checkpoint, "--engine", "optimum", "--device", "cpu",
          "--pooling-method", "mean", "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served",
          "--url-prefix", "/v1", "--no-bettertransformer"],
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "HOME": str(Path.home())},
