@@ -168,10 +168,11 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
         port = free.getsockname()[1]
     program = str(Path(python).absolute().with_name("infinity_emb"))
     process = subprocess.Popen(
-        [program, "v2", "--model-id", checkpoint, "--engine", "optimum", "--device", "cpu",
+        [program, "v2", "--model-id", ".", "--engine", "optimum", "--device", "cpu",
          "--pooling-method", "mean", "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served",
          "--url-prefix", "/v1", "--no-bettertransformer"],
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "HOME": str(Path.home())},
+        cwd=checkpoint,  # its optimum engine finds an ONNX file in the folder where it runs, and in no other
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -229,8 +230,10 @@ def main() -> None:
                         choices=["overhead", "saturation", "overload", "infinity"])  # fmt: skip
     parser.add_argument("--seconds", type=float, default=60, help="of the overload")
     parser.add_argument("--output", type=Path, default=RECORD)
-    parser.add_argument("--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb")
-    parser.add_argument("--checkpoint", help="what infinity serves")
+    parser.add_argument(
+        "--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb[server] and optimum"
+    )
+    parser.add_argument("--checkpoint", help="what infinity serves: a folder with model.onnx")
     parsed = parser.parse_args()
     if "infinity" in parsed.parts and not (parsed.infinity and parsed.checkpoint):
         parser.error("--parts infinity needs --infinity PYTHON and --checkpoint FOLDER")
