@@ -76,20 +76,20 @@ def tokenizer_problems(content: Any, vocab_size: int) -> list[str]:
     """Say what is wrong with the content of a ``tokenizer.json``; nothing where it may be opened."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        return ["it has no model"]
+        return ["it has no model, expected an object that is one"]
     problems = []
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         try:
             steps = list(_steps(content.get(part)))
         except (TypeError, RecursionError):
-            problems.append(f"{part} is no step and no sequence of steps")
+            problems.append(f"{part} is {content.get(part)!r:.60}, expected a step or a sequence of steps")
             continue
         if len(steps) > _MOST_STEPS:
             problems.append(f"{part} has {len(steps)} steps, expected at most {_MOST_STEPS}")
             continue
         problems += [problem for step in steps for problem in _step_problems(part, step, vocab_size)]
-        if math.prod(map(_growth, steps)) > _MOST_GROWTH:
-            problems.append(f"{part} makes texts more than {_MOST_GROWTH} times as long")
+        if (growth := math.prod(map(_growth, steps))) > _MOST_GROWTH:
+            problems.append(f"{part} makes texts up to {growth} times as long, expected at most {_MOST_GROWTH} times")
     return [*problems, *_model_problems(model, content.get("added_tokens") or [], vocab_size)]
 
 
@@ -122,7 +122,7 @@ def _step_problems(part: str, step: dict[str, Any], vocab_size: int) -> Iterator
     if kind in ("Split", "Replace"):
         regex, string = _pattern(step)
         if regex is None and not string:
-            yield f"{part} {kind} has no pattern"
+            yield f"{part} {kind} has the pattern {step.get('pattern')!r:.60}, expected a String or a Regex"
         elif regex is not None and not _is_plain(regex):
             yield (
                 f"{part} {kind} has the regular expression {regex:.80}, expected alternatives of characters, classes "
@@ -131,11 +131,14 @@ def _step_problems(part: str, step: dict[str, Any], vocab_size: int) -> Iterator
     if kind == "TemplateProcessing":
         single, specials = step.get("single"), step.get("special_tokens")
         if not isinstance(single, list) or len(single) > _MOST_SPECIAL_TOKENS + 1:
-            yield f"{part} puts more than {_MOST_SPECIAL_TOKENS} special tokens around a text"
+            yield (
+                f"{part} has the template {single!r:.60}, expected a list of at most {_MOST_SPECIAL_TOKENS} special "
+                "tokens and the text"
+            )
         tokens = list(specials.values()) if isinstance(specials, dict) else [specials]
         ids = [token.get("ids") if isinstance(token, dict) else None for token in tokens]
         if not all(isinstance(one, list) and len(one) == 1 and _is_id(one[0], vocab_size) for one in ids):
-            yield f"{part} has other ids than one of {vocab_size} for each special token"
+            yield f"{part} has the special tokens' ids {ids!r:.60}, expected for each a list of one below {vocab_size}"
     if kind in ("BertProcessing", "RobertaProcessing"):
         for name in ("sep", "cls"):
             token = step.get(name)
@@ -163,12 +166,12 @@ def _model_problems(model: dict[str, Any], added: Any, vocab_size: int) -> Itera
         # Added tokens that the vocabulary lacks are numbered from its end, whatever the file says of their ids.
         largest = max([*ids, len(ids) + len(missing) - 1])
     except (TypeError, KeyError, ValueError):
-        yield "model has no vocabulary of tokens and ids"
+        yield f"model has the vocabulary {vocabulary!r:.60}, expected tokens and their ids"
         return
     if not ids:
-        yield "model has an empty vocabulary"
+        yield "model has an empty vocabulary, expected at least one token"
     if not all(map(_is_number, ids)) or largest >= vocab_size:
-        yield f"it has ids up to {largest}, the model has {vocab_size} word embeddings"
+        yield f"it has ids up to {largest}, the model has {vocab_size} word embeddings: expected ids below that"
 
 
 def _pattern(step: dict[str, Any]) -> tuple[str | None, str | None]:

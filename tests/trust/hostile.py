@@ -219,13 +219,13 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _tokens(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}),
         "decoder Replace has the regular expression"),
     "expression that outgrows memory": (_replace({"Regex": "((a{9999}){9999}){9999}"}, ""), "normalizer Replace has"),
-    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer makes texts more than 16 times"),
+    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer makes texts up to 1048576 times as long"),
     "replacements of replacements": (
         _tokens(normalizer={"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 20}),
-        "normalizer makes texts more than 16 times"),
+        "normalizer makes texts up to 1048576 times as long"),
     "a megabyte in front": (_tokens(normalizer={"type": "Prepend", "prepend": "a" * 2**20}), "normalizer makes texts"),
-    "replacement of nothing": (_replace({"String": ""}, "a"), "normalizer Replace has no pattern"),
+    "replacement of nothing": (_replace({"String": ""}, "a"), "normalizer Replace has the pattern"),
     "a thousand steps": (
         _tokens(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 1000}),
         "normalizer has 1000 steps"),
@@ -235,15 +235,15 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "words of 2^40 characters": (_tokens(model__max_input_chars_per_word=2**40), "max_input_chars_per_word"),
     "dropout": (_tokens(model__dropout=0.1), "dropout of 0.1"),
     "empty vocabulary": (_tokens(model__vocab={}), "empty vocabulary"),
-    "vocabulary of another kind": (_tokens(model__vocab=3), "no vocabulary"),
+    "vocabulary of another kind": (_tokens(model__vocab=3), "model has the vocabulary 3, expected tokens"),
     "vocabulary larger than the model": (
         _tokens(model__vocab={str(i): i for i in range(100_000)}), "has ids up to 100004"),
     "id of 2^31": (_tokens(model__vocab={"[UNK]": 0, "x": 2**31}), "has ids up to 2147483648"),
     "added tokens beyond the model": (
         _tokens(added_tokens=[{"id": i, "content": f"<{i}>"} for i in range(30_000)]), "has ids up to"),
-    "a thousand special tokens": (_template(*["[CLS]"] * 1000, ids=[2]), "more than 8 special tokens"),
-    "special token of many ids": (_template("[CLS]", ids=[2] * 1000), "other ids"),
-    "special token beyond the model": (_template("[CLS]", ids=[2**31]), "other ids"),
+    "a thousand special tokens": (_template(*["[CLS]"] * 1000, ids=[2]), "expected a list of at most 8 special tokens"),
+    "special token of many ids": (_template("[CLS]", ids=[2] * 1000), "has the special tokens' ids"),
+    "special token beyond the model": (_template("[CLS]", ids=[2**31]), "has the special tokens' ids"),
 }  # fmt: skip
 
 # A change of a manifest, which is sealed again; and what the refusal begins with.

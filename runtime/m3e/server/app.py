@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from m3e.errors import M3EError
-from m3e.server.gate import Gate, State
+from m3e.server.gate import Gate, Header, State
 from m3e.server.http import Protocol, dialect_of
 from m3e.server.metrics import Metrics
 from m3e.server.models import Models
@@ -29,7 +29,6 @@ from m3e.server.tracing import Tracer
 from m3e.server.ui import PAGE
 
 Handler = Callable[[Request], Awaitable[Answer]]
-Header = tuple[bytes, bytes]
 
 log = logging.getLogger("m3e.server")
 
