@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from m3e import InputError
+from m3e_bench import budget
 from m3e_bench.peers import ENGINES, choose
 from m3e_bench.questions.accuracy import compare_vectors, rank
 from m3e_bench.questions.roofline import _count_tokens
-from m3e_bench.record import Series
+from m3e_bench.questions.throughput import _decide_parts
+from m3e_bench.record import Journal, Series
 from m3e_bench.statistics import ratio
 from m3e_bench.workloads import (
+    Workload,
     accuracy_texts,
     check_data,
     every_nth_batch,
@@ -162,3 +165,13 @@ def test_engines_are_picked_by_name_and_endpoints_by_address() -> None:
     for text in ("localhost:8080", "tei=localhost", "tei=http://host/v1,colour=red"):
         with pytest.raises(InputError, match="expected NAME=http"):
             choose([], [text])
+
+
+@pytest.mark.parametrize(("bounds", "parts"), [(budget.FULL, 2), (budget.QUICK, 10)])
+def test_a_slow_workload_is_cut_but_keeps_its_least_batches(tmp_path: Path, bounds: budget.Budget, parts: int) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal.keep_fact("whole workload in seconds/long/tiny/slow", 1000.0)
+    run: Any = types.SimpleNamespace(journal=journal, engines=[], budget=bounds)
+    model: Any = types.SimpleNamespace(name="tiny")
+    _decide_parts(run, model, Workload("long", ("a",) * 320, ""))
+    assert journal.fact("parts/long/tiny") == parts

@@ -268,3 +268,9 @@ def test_values_that_are_not_finite_never_leave(tiny_encoder: Encoder, monkeypat
     monkeypatch.setattr(tiny_encoder._running.session, "_alone", Broken())
     with pytest.raises(InferenceError, match="not finite"):
         tiny_encoder.encode("a")
+
+
+@pytest.mark.parametrize(("num_threads", "sizes"), [(1, [11, 11, 10]), (2, [8, 8, 8, 8])])
+def test_a_call_of_a_few_texts_is_split_over_the_threads(tiny_bundle: Path, num_threads: int, sizes: list[int]) -> None:
+    session = Encoder(tiny_bundle, num_threads=num_threads)._running.session_here()
+    assert [len(rows) for rows in session.plan(np.full(32, 32))] == sizes

@@ -19,6 +19,9 @@ from benchmarks.server_process import Reply, Server, running
 from m3e import Encoder, InputError
 from m3e.cli.main import main
 from m3e.server.compat import DEFAULT_KEY, expand
+from m3e.server.gate import Gate, State
+from m3e.server.models import Models
+from m3e.server.problems import Problem
 from m3e.server.settings import Settings
 from m3e_export.pipeline import convert
 
@@ -537,3 +540,19 @@ def test_a_missing_bundle_ends_the_server_with_the_reason(tmp_path: Path) -> Non
     assert "no bundle at" in "".join(server.log)
     assert server.process.stderr is not None
     server.process.stderr.close()
+
+
+def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
+    def open_none(name: str, folder: str) -> Any:
+        raise AssertionError(f"{name} is not to be opened")
+
+    state = State()
+    gate = Gate(
+        Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [], state, {"/embed": ("POST",), "/health": ("GET",)}
+    )
+    assert gate.check("POST", "/embed", "/embed", []) == "POST"
+    state.refusing = True
+    with pytest.raises(Problem) as refused:
+        gate.check("POST", "/embed", "/embed", [])
+    assert refused.value.code == "shutting_down"
+    assert gate.check("HEAD", "/health", "/health", []) == "GET"

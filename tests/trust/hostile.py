@@ -219,7 +219,8 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _tokens(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}),
         "decoder Replace has the regular expression"),
     "expression that outgrows memory": (_replace({"Regex": "((a{9999}){9999}){9999}"}, ""), "normalizer Replace has"),
-    "replacement of a megabyte": (_replace({"String": "a"}, "a" * 2**20), "normalizer makes texts up to 1048576 times as long"),
+    "replacement of a megabyte": (
+        _replace({"String": "a"}, "a" * 2**20), "normalizer makes texts up to 1048576 times as long"),
     "replacements of replacements": (
         _tokens(normalizer={"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 20}),
