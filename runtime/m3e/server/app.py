@@ -1,4 +1,4 @@
-"""The ASGI app: finds the route, asks for the key, reads the body, and turns whatever happens into an answer."""
+"""The ASGI app: sends a request through the gate, reads its body, and turns whatever happens into an answer."""
 
 from __future__ import annotations
 
