@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.server_process import Reply, Server, running
 from m3e import Encoder, InputError
 from m3e.cli.main import main
+from m3e.server.app import App
 from m3e.server.compat import DEFAULT_KEY, expand
 from m3e.server.gate import Gate, State
 from m3e.server.models import Models
@@ -540,6 +543,41 @@ def test_a_missing_bundle_ends_the_server_with_the_reason(tmp_path: Path) -> Non
     assert "no bundle at" in "".join(server.log)
     assert server.process.stderr is not None
     server.process.stderr.close()
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/embed"), ("POST", "/v1/nowhere"), ("GET", "/health/ready")])
+def test_a_refusal_leaves_nothing_for_the_collector(method: str, path: str) -> None:
+    def open_none(name: str, folder: str) -> Any:
+        raise AssertionError(f"{name} is not to be opened")
+
+    statuses = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def refuse(times: int) -> None:
+        for _ in range(times):
+            headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+            await app({"method": method, "path": path, "headers": headers}, receive, send)
+
+    async def garbage() -> int:
+        await refuse(3)
+        gc.collect()
+        await refuse(100)
+        return gc.collect()
+
+    app = App(Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [])
+    gc.disable()
+    try:
+        assert asyncio.run(garbage()) < 100
+    finally:
+        gc.enable()
+    assert len(statuses) == 103
+    assert min(statuses) >= 400
 
 
 def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:

@@ -182,6 +182,7 @@ class AsyncEncoder:
         self._scheduler = Scheduler(
             [encoder.embed] * encoder.batches_at_once,
             dim=encoder.get_sentence_embedding_dimension(),
+            max_batch_tokens=encoder.max_batch_tokens,
             max_queue_tokens=self._max_queue_tokens,
             max_queue_ms=self._max_queue_ms,
             deliver=self._awaiter.deliver,

@@ -40,11 +40,13 @@ class AnySession(Protocol):
         device: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: How many batches to run at once.
         window: How many texts to tokenise while others run; None for all of them before any.
+        max_batch_tokens: How large a batch is best at most: texts x the longest one's tokens.
     """
 
     device: str
     threads: int
     window: int | None
+    max_batch_tokens: int
 
     def plan(
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None

@@ -28,7 +28,7 @@ class Batcher:
     Args:
         encoder: An encoder, or a bundle's folder to open one on.
         max_queue_tokens: Bound on the tokens that wait.
-        max_batch_tokens: Bound on a batch; see `m3e.scheduler.Scheduler`.
+        max_batch_tokens: Bound on a batch, texts x width; None for what the device is fastest with.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Batcher:
         encoder: Encoder | str | os.PathLike[str],
         *,
         max_queue_tokens: int = 262144,
-        max_batch_tokens: int = 1024,
+        max_batch_tokens: int | None = None,
     ) -> None:
         self.encoder = encoder if isinstance(encoder, Encoder) else Encoder(encoder)
         self._scheduler = Scheduler(
             [self.encoder.embed] * self.encoder.batches_at_once,
             dim=self.encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=max_queue_tokens,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=max_batch_tokens or self.encoder.max_batch_tokens,
         )
 
     def encode(

@@ -330,6 +330,11 @@ class Encoder:
         return self._running.session.threads
 
     @property
+    def max_batch_tokens(self) -> int:
+        """How large a batch is best at most: texts x the longest one's tokens."""
+        return self._running.session.max_batch_tokens
+
+    @property
     def engine_build(self) -> EngineBuild | None:
         """TensorRT's engines that are being built: ``state`` says how far they are, ``wait()`` waits for them."""
         return self._running.engine_build

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import ClosedError, InferenceError, InputError, M3EError, OverloadedError, WorkerLostError
+from m3e.plan import MAX_BATCH_TOKENS
 from m3e.token_queue import Item, Job, Priority, TokenQueue
 
 Float32Array = npt.NDArray[np.float32]
@@ -47,7 +48,7 @@ class Scheduler:
         embed: Sequence[Embed],
         *,
         dim: int,
-        max_batch_tokens: int = 1024,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_queue_tokens: int = 262144,
         max_queue_ms: float | None = None,
         deliver: Callable[[list[Job]], None] | None = None,

@@ -43,6 +43,7 @@ class Session:
     Attributes:
         threads: How many batches to run at once.
         window: How many texts to tokenise while others run.
+        max_batch_tokens: How large a batch is best at most.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -51,6 +52,7 @@ class Session:
 
     device = "cpu"
     window: int | None = 8192
+    max_batch_tokens = MAX_BATCH_TOKENS
 
     def __init__(
         self, model: bytes, *, num_threads: int, side_by_side: bool = False, feed: Callable[..., Feeds] = pad
@@ -68,7 +70,7 @@ class Session:
         self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`; see `m3e.plan.plan_batches`."""
-        return plan_batches(n_tokens, MAX_BATCH_TOKENS, max_batch_size, self.threads)
+        return plan_batches(n_tokens, self.max_batch_tokens, max_batch_size, self.threads)
 
     def run(
         self,

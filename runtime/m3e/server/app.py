@@ -117,7 +117,7 @@ class App:
             if answer is None:
                 return  # the client went while it was sending
         except Problem as error:
-            problem = error
+            problem = error.with_traceback(None)  # or the error and this frame would hold each other
         except M3EError as error:
             problem = problem_of(error)
             if problem.code in ("inference_failed", "internal_error"):

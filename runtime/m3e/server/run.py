@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -88,6 +89,7 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
         await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
+            _spare_the_collector()
             for model in models.opened():
                 log.info("%s is ready (%s, %d threads)", model.name, model.graph.precision, threads)
             await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -99,6 +101,13 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
             await opening
         await asyncio.to_thread(models.close)
         app.close()
+
+
+def _spare_the_collector() -> None:
+    """Keep what lives as long as the service out of Python's collections: each of them stops every request."""
+    gc.unfreeze()  # of a bundle that was replaced nothing may stay
+    gc.collect()
+    gc.freeze()
 
 
 async def _drain(app: App, settings: Settings, listener: socket.socket) -> None:
@@ -122,6 +131,7 @@ async def _reload(app: App) -> None:
         else:
             app.metrics.reloads["swapped"] += 1
             log.info("%s was reloaded", name)
+    _spare_the_collector()
 
 
 def _config(settings: Settings, app: App) -> uvicorn.Config:
