@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -126,11 +127,9 @@ class Worker:
         self._since[channel] = time.monotonic()
         try:
             connection.send_bytes(kind + message.tobytes())
-            if not connection.poll(self.patience_s):
-                raise TimeoutError
             answer = connection.recv_bytes()
         except (OSError, EOFError) as error:
-            hung = isinstance(error, TimeoutError)
+            hung = isinstance(error, BlockingIOError)
             self._since[channel] = 0.0
             self._lose(generation)
             raise WorkerLostError(
@@ -173,13 +172,11 @@ class Worker:
         pairs = [socket.socketpair() for _ in range(self._n_channels)]
         theirs = [pair[1].fileno() for pair in pairs]
         self._process = subprocess.Popen([*self._command, *map(str, theirs)], pass_fds=theirs, stdin=subprocess.DEVNULL)
-        self._channels = []
-        for ours, other in pairs:
+        for _, other in pairs:
             other.close()
-            self._channels.append(Connection(ours.detach()))
+        _set_patience(pairs[0][0], _START_TIMEOUT_S)
+        self._channels = [Connection(os.dup(ours.fileno())) for ours, _ in pairs]
         try:
-            if not self._channels[0].poll(_START_TIMEOUT_S):
-                raise TimeoutError
             hello: dict[str, Any] = json.loads(self._channels[0].recv_bytes())
         except (OSError, EOFError) as error:
             self._process.kill()
@@ -190,8 +187,17 @@ class Worker:
         self.precision = hello["precision"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
+        for ours, _ in pairs:
+            _set_patience(ours, self.patience_s)
+            ours.close()
         self._generation += 1
         self._up = True
+
+
+def _set_patience(channel: socket.socket, seconds: float) -> None:
+    """Have the kernel end a read after so long; polling before each costs as much as a short text's tokenisation."""
+    whole = int(seconds)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", whole, int((seconds - whole) * 1e6)))
 
 
 def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str] | None = None) -> None:
