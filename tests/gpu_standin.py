@@ -108,8 +108,7 @@ class StandInSession:
                 assert low <= size <= high, f"{name} {shape} is outside of the profile: the engine is rebuilt"
 
 
-@pytest.fixture
-def standin(monkeypatch: pytest.MonkeyPatch) -> list[StandInSession]:
+def put_in_place(monkeypatch: pytest.MonkeyPatch) -> list[StandInSession]:
     """Put the stand-in in place; the sessions that were opened are listed."""
     opened: list[StandInSession] = []
 
@@ -128,4 +127,10 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> list[StandInSession]:
     return opened
 
 
-__all__ = ["CARD", "CUDA", "StandInSession", "providers", "standin"]
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> list[StandInSession]:
+    """The stand-in, for a test."""
+    return put_in_place(monkeypatch)
+
+
+__all__ = ["CARD", "CUDA", "StandInSession", "providers", "put_in_place", "standin"]

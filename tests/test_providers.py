@@ -4,7 +4,9 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import subprocess
+import sys
 import threading
 import types
 import warnings
@@ -16,6 +18,8 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.server_process import COMMAND
+from benchmarks.server_process import running as serving
 from m3e import (
     DependencyError,
     Encoder,
@@ -37,6 +41,8 @@ from m3e.overlap import ahead
 from m3e.plan import plan_sorted
 from m3e.providers import CUDA, NO_CPU, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
 from tests.gpu_standin import StandInSession, standin
+
+GPU_SERVER = (sys.executable, str(Path(__file__).with_name("gpu_server.py")))
 
 __all__ = ["standin"]
 
@@ -64,7 +70,6 @@ def test_tensorrt_takes_the_precision_of_the_graph() -> None:
 @pytest.mark.long
 def test_the_list_of_options_is_the_wheels(tmp_path: Path) -> None:
     """Read the names in the wheel itself: what the committed list says, the libraries hold."""
-    import sys
     import zipfile
 
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
@@ -442,3 +447,26 @@ def test_working_ahead_keeps_order_takes_little_and_stops() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(ahead(str, [])) == []
+
+
+def test_the_service_runs_on_a_card(gpu_bundle: Path, sentences: list[str]) -> None:
+    texts = sentences[:12]
+    with serving(gpu_bundle, "--device", "cuda", "--max-batch-tokens", "256", command=(*GPU_SERVER,)) as server:
+        reply = server.post("/embed", {"inputs": texts})
+        assert reply.headers["x-compute-type"] == "gpu"
+        info = server.get("/info").json
+        assert (info["model_dtype"], info["max_batch_tokens"]) == ("float16", 256)
+        assert any("(fp16, cuda" in line for line in server.log)
+        assert server.post("/embed_all", {"inputs": texts[0]}).status == 424  # the graph gives no token vectors
+    expected = Encoder(gpu_bundle, precision="fp32").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(np.array(reply.json, np.float32), expected, atol=2e-3)
+
+
+def test_a_service_whose_card_cannot_be_used_says_so_and_ends(gpu_bundle: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, str(gpu_bundle), "--device", "cuda", "--port", "0"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search("error: .*(NVIDIA|onnxruntime-gpu)", done.stderr)
+    assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ Examples:
   m3e serve bundles/m3e-base --host 0.0.0.0 --api-key-file keys # for others, with a key
   m3e serve base=bundles/m3e-base small=bundles/m3e-small       # two models by name
   m3e serve bundles/m3e-large --compat m3e-large-api            # port 6008, 1536 dimensions, for FastGPT
+  m3e serve bundles/m3e-base --device cuda                      # on an NVIDIA card
   kill -HUP PID                                                 # open the bundles again, without a pause
 
 Every option can also be set by a variable: --max-body-bytes is M3E_MAX_BODY_BYTES. The page to try it: /ui.

@@ -208,7 +208,7 @@ class App:
         if tokens is not None and answer.status == 200:
             tokenization, queue, inference = request.timings_s
             headers += [
-                (b"x-compute-type", b"cpu"),
+                (b"x-compute-type", b"cpu" if request.device == "cpu" else b"gpu"),
                 (b"x-compute-time", b"%d" % round(seconds * 1000)),
                 (b"x-compute-characters", b"%d" % request.n_characters),
                 (b"x-compute-tokens", b"%d" % request.n_tokens),

@@ -40,7 +40,7 @@ async def tokenize(
     else:
         tokens = await model.tokenize([prompt + text for text in inputs.texts] if prompt else inputs.texts)
     request.timings_s = (time.perf_counter() - started, 0.0, 0.0)
-    request.tokens = tokens
+    request.tokens, request.device = tokens, model.worker.device
     request.n_characters = sum(map(len, inputs.texts))
     if not truncate and (cut := np.flatnonzero(tokens.n_tokens_full > tokens.n_tokens)).size:
         where = name if inputs.single else f"{name}[{cut[0]}]"
@@ -61,11 +61,9 @@ async def tokenize(
     return tokens
 
 
-async def embed(
-    model: Model, models: Models, input_ids: list[list[int]], request: Request, settings: Settings
-) -> Float32Array:
+async def embed(model: Model, models: Models, input_ids: list[list[int]], request: Request) -> Float32Array:
     """Run token ids; if the bundle was swapped meanwhile, on the new one."""
-    priority = _priority(request, settings)
+    priority = _priority(request, model)
     try:
         job = await model.embed(input_ids, priority)
     except ClosedError:
@@ -82,11 +80,11 @@ def finish(vectors: Float32Array, dimensions: int | None) -> Float32Array:
     return normalize(vectors if dimensions is None else vectors[:, :dimensions])
 
 
-def _priority(request: Request, settings: Settings) -> Priority:
+def _priority(request: Request, model: Model) -> Priority:
     """As the client says in X-Priority; otherwise what fills more than one batch is bulk."""
     said = request.headers.get(b"x-priority")
     if said is None:
-        return "bulk" if request.n_texts > 1 and request.n_tokens > settings.max_batch_tokens else "interactive"
+        return "bulk" if request.n_texts > 1 and request.n_tokens > model.worker.max_batch_tokens else "interactive"
     if said == b"bulk":
         return "bulk"
     if said == b"interactive":

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.aio import INLINE_CHARACTERS, JobAwaiter
+from m3e.backends import choose_graph
 from m3e.bundle import Bundle
 from m3e.calibration import load_calibration
 from m3e.errors import ClosedError, InputError, OverloadedError
@@ -65,15 +66,16 @@ class Model:
         self.worker = Worker(
             folder,
             precision=settings.precision,
+            device=settings.device,
             threads=threads,
             max_batch_tokens=settings.max_batch_tokens,
             command=worker_command,
         )
-        self.graph = bundle.graph(self.worker.precision, "cpu")
+        self.graph = choose_graph(bundle, self.worker.precision, self.worker.device)
         self.scheduler = Scheduler(
             self.worker.embedders(),
             dim=self.dim,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=self.worker.max_batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
             max_queue_ms=settings.max_queue_ms or None,
             deliver=awaiter.deliver,

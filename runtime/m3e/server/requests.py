@@ -26,6 +26,7 @@ class Request:
     Attributes:
         timings_s: What the answer's headers will say: tokenization, queue, inference.
         tokens: The texts' tokens, once known.
+        device: What runs them.
         n_tokens: All of them together.
     """
 
@@ -40,6 +41,7 @@ class Request:
     tokens: TokenIds | None = None
     n_tokens: int = 0
     n_characters: int = 0
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

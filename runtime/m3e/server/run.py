@@ -91,7 +91,9 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
             opening.result()
             _spare_the_collector()
             for model in models.opened():
-                log.info("%s is ready (%s, %d threads)", model.name, model.graph.precision, threads)
+                log.info(
+                    "%s is ready (%s, %s, %d threads)", model.name, model.graph.precision, model.worker.device, threads
+                )
             await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
         await _drain(app, settings, listener)
     finally:

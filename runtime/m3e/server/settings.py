@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from m3e.backends import DEVICES
 from m3e.errors import InputError
-from m3e.plan import MAX_BATCH_TOKENS
 
 
 def _setting(default: Any, help_: str, *, at_least: float | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -26,9 +26,10 @@ class Settings:
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = _setting(8080, "port; 0 for any free one", at_least=0)
     api_key_file: str = _setting("", "file with an accepted key a line; without it no key is asked for")
-    precision: str = _setting("auto", "graph to run: auto, int8, fp32")
+    precision: str = _setting("auto", "graph to run: auto, int8, fp32, fp16")
+    device: str = _setting("cpu", "what inference runs on; auto: CUDA where it can be used", choices=DEVICES)
     threads: int = _setting(0, "threads for inference; 0 for what affinity and quota allow", at_least=0)
-    max_batch_tokens: int = _setting(MAX_BATCH_TOKENS, "tokens of a batch", at_least=1)
+    max_batch_tokens: int = _setting(0, "tokens of a batch; 0 for what the device is fastest with", at_least=0)
     max_queue_tokens: int = _setting(262144, "tokens that may wait; beyond, 429", at_least=1)
     max_queue_ms: float = _setting(
         50.0, "predicted wait beyond which requests get 429; 64 may always wait; 0 for no bound", at_least=0

@@ -53,9 +53,15 @@ class Worker:
     Args:
         folder: The bundle.
         precision: As for `Encoder`.
-        threads: For inference: a batch alone takes all of them, and as many batches as this run at once.
-        max_batch_tokens: Size of the largest batch, for the warm-up.
+        device: As for `Encoder`.
+        threads: For inference on the CPU.
+        max_batch_tokens: Size of the largest batch; 0 for what the device is fastest with.
         command: Program that runs `main`; tests give one whose encoder fails.
+
+    Attributes:
+        precision: Of the graph that runs.
+        device: What it runs on.
+        max_batch_tokens: Size of the largest batch.
 
     Raises:
         StartError: The process could not open the bundle; the message says why.
@@ -66,13 +72,14 @@ class Worker:
         folder: str,
         *,
         precision: str,
+        device: str,
         threads: int,
         max_batch_tokens: int,
         command: Sequence[str] = DEFAULT_COMMAND,
     ) -> None:
-        self._command = [*command, folder, precision, str(threads), str(max_batch_tokens)]
-        # One socket for each batch in flight, and one for token vectors.
-        self._n_channels = threads + 1
+        self._command = [*command, folder, precision, device, str(threads), str(max_batch_tokens)]
+        # One socket for each batch in flight, of which a card has two, and one for token vectors.
+        self._n_channels = max(threads, 2) + 1
         self._starting = threading.Lock()
         self._side = threading.Lock()
         self._generation = 0
@@ -80,7 +87,8 @@ class Worker:
         self._closed = False
         self._failed_at = 0.0
         self.n_restarts = 0
-        self.precision = ""
+        self.precision = self.device = ""
+        self.max_batch_tokens = self._batches_at_once = 0
         self.patience_s = self.doubt_s = _START_TIMEOUT_S
         self._since = [0.0] * self._n_channels
         self._process: subprocess.Popen[bytes]
@@ -99,7 +107,7 @@ class Worker:
         def through(channel: int) -> Callable[[list[list[int]]], Float32Array]:
             return lambda input_ids: self._call(channel, _SENTENCES, input_ids)
 
-        return [through(channel) for channel in range(self._n_channels - 1)]
+        return [through(channel) for channel in range(self._batches_at_once)]
 
     def embed_tokens(self, input_ids: list[int]) -> Float32Array:
         """Run one text for its token vectors, float32 (tokens, hidden_size)."""
@@ -184,7 +192,8 @@ class Worker:
         if "error" in hello:
             self._process.wait()
             raise StartError(str(hello["error"]))
-        self.precision = hello["precision"]
+        self.precision, self.device = hello["precision"], hello["device"]
+        self.max_batch_tokens, self._batches_at_once = hello["max_batch_tokens"], hello["batches_at_once"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
         for ours, _ in pairs:
@@ -205,6 +214,7 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("precision")
+    parser.add_argument("device")
     parser.add_argument("threads", type=int)
     parser.add_argument("max_batch_tokens", type=int)
     parser.add_argument("sockets", type=int, nargs="+")
@@ -215,9 +225,17 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
     os.nice(_NICENESS)
     channels = [Connection(number) for number in parsed.sockets]
     try:
-        encoder = open_encoder(parsed.folder, precision=parsed.precision, num_threads=parsed.threads)
-        slowest = _warm_up(encoder, parsed.max_batch_tokens, parsed.threads)
-        hello = {"precision": encoder.precision, "slowest_batch_s": slowest}
+        encoder = open_encoder(
+            parsed.folder, precision=parsed.precision, device=parsed.device, num_threads=parsed.threads
+        )
+        max_batch_tokens = parsed.max_batch_tokens or encoder.max_batch_tokens
+        hello = {
+            "precision": encoder.precision,
+            "device": encoder.device,
+            "max_batch_tokens": max_batch_tokens,
+            "batches_at_once": encoder.batches_at_once,
+            "slowest_batch_s": _warm_up(encoder, max_batch_tokens),
+        }
     except Exception as error:
         channels[0].send_bytes(json.dumps({"error": str(error)}).encode())
         return
@@ -228,16 +246,17 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
     threads[0].join()  # its socket closes when the service is gone
 
 
-def _warm_up(encoder: Encoder, max_batch_tokens: int, threads: int) -> float:
+def _warm_up(encoder: Encoder, max_batch_tokens: int) -> float:
     """Run the widest and the fullest batches, alone and side by side, and again; the slowest second time in seconds."""
     slowest = 0.0
     widest = encoder.max_seq_length
     ids = encoder.tokenize_batch(["预热"]).input_ids[0]
-    with ThreadPoolExecutor(threads) as pool:
+    most = encoder.batches_at_once
+    with ThreadPoolExecutor(most) as pool:
         for width in (4, 16, 64, widest):
             rows = max(1, max_batch_tokens // width)
             batch = [[ids[0], *([ids[1]] * (width - 2)), ids[-1]]] * rows
-            for at_once in sorted({1, threads}):
+            for at_once in sorted({1, most}):
                 seconds = [list(pool.map(_time_batch, [encoder] * at_once, [batch] * at_once)) for _ in range(2)]
                 slowest = max(slowest, *seconds[1])
     return slowest
