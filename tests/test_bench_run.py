@@ -125,24 +125,32 @@ def test_the_report_command_makes_the_same_page_again(work: Path, record: Record
     assert (work / "out" / "run.html").read_bytes() == before
 
 
-def test_a_readme_is_written_once_and_checked_against_its_record(record: Record, work: Path, tmp_path: Path) -> None:
-    page, path = tmp_path / "README.md", work / "out" / "run.json"
+def test_a_readme_is_written_once_and_checked_against_its_record(record: Record, tmp_path: Path) -> None:
+    page, content = tmp_path / "README.md", readme.table(record, "run")
     page.write_text("# x\n\n<!-- table -->\nold\n<!-- /table -->\n\nrest\n", encoding="utf-8")
     with pytest.raises(M3EError, match="readme"):
-        readme.check_readme(page, path)
-    readme.write_readme(page, path)
-    readme.check_readme(page, path)
+        readme.check(page, content)
+    readme.write(page, content)
+    readme.check(page, content)
     text = page.read_text(encoding="utf-8")
     assert "| m3e INT8 |" in text
     assert text.endswith("rest\n")
     page.write_text(text.replace("| m3e INT8 | ", "| m3e INT8 | 9"), encoding="utf-8")
     with pytest.raises(M3EError, match="readme"):
-        readme.check_readme(page, path)
+        readme.check(page, content)
+
+
+def test_the_services_table_leaves_out_what_was_not_measured() -> None:
+    part = {"http_p50_ms": 2.04, "overhead_p50_ms": 0.954}
+    lines = readme.serving_table({"small": {"overhead": part}, "base": {}}).splitlines()
+    assert lines[2] == "| one short text, p50 | 2.0 ms, 0.95 ms more than in the library | – |"
+    assert lines[3] == "| 64 connections, a text each | – | – |"
 
 
 @pytest.mark.checkout
-def test_the_readme_shows_the_figures_of_the_committed_record() -> None:
-    readme.check_readme()
+def test_pages_show_the_figures_of_the_committed_records() -> None:
+    for page, content in readme.quotes():
+        readme.check(page, content)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ examples:
   {prog} engines                                     what is compared, and what installs here
   {prog} report RECORD.json --price-per-hour 0.10    the page and the Markdown again
   {prog} compare OLD.json NEW.json --fail-if "p95>+5%" --fail-if "sentences_per_s<-5%"
-  {prog} readme --check                              whether README quotes its record
+  {prog} readme --check                              whether pages quote their records
   {prog} quality --tasks local --models minilm       MTEB: PyTorch and every precision side by side
 """
 _COMMANDS = ("run", "report", "compare", "readme", "engines", "quality")
@@ -105,7 +105,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_readme(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a page is stale")
 
 
 def _add_engines(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from m3e import InputError, M3EError
 from m3e_bench import budget, environments, peers
+from m3e_bench import readme as pages
 from m3e_bench.compare import Condition, compare_records
 from m3e_bench.models import find_model
 from m3e_bench.quality.run import measure_quality
 from m3e_bench.questions import accuracy, cold_start, latency, memory, roofline, scaling, throughput
-from m3e_bench.readme import check_readme, write_readme
 from m3e_bench.record import Record, load_record, write_record
 from m3e_bench.report.markdown import render_markdown
 from m3e_bench.report.page import render_page
@@ -88,8 +88,9 @@ def compare(parsed: argparse.Namespace) -> None:
 
 
 def readme(parsed: argparse.Namespace) -> None:
-    """Write README's table from the committed record, or check it."""
-    (check_readme if parsed.check else write_readme)()
+    """Write the tables that pages quote from the committed records, or check them."""
+    for page, content in pages.quotes():
+        (pages.check if parsed.check else pages.write)(page, content)
 
 
 def engines(parsed: argparse.Namespace) -> None:

@@ -1,9 +1,12 @@
-"""README's table, from the record that is committed; ``--check`` fails where the two differ."""
+"""The tables of README and docs/serving.md, from the committed records; ``--check`` fails where they differ."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from m3e import M3EError
 from m3e_bench.peers import REFERENCE
@@ -13,8 +16,7 @@ from m3e_bench.statistics import median, ratio
 
 # The checkout: a wheel has neither README nor records.
 _ROOT = Path(__file__).parents[2]
-_README = _ROOT / "README.md"
-_RECORD = _ROOT / "benchmarks" / "results" / "cpu.json"
+_RESULTS = _ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
 _NONE = "–"
 
@@ -48,28 +50,61 @@ def table(record: Record, record_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(readme: Path = _README, path: Path = _RECORD) -> None:
-    """Write the table into the README."""
-    readme.write_text(_expected(readme, path), encoding="utf-8")
+def serving_table(records: dict[str, dict[str, Any]]) -> str:
+    """Lay the service's figures out as Markdown, a column for each record of ``benchmarks.serving``, by its model."""
+
+    def row(what: str, part: str, say: Callable[[dict[str, Any]], str]) -> str:
+        cells = [say(record[part]) if part in record else _NONE for record in records.values()]
+        return "| " + " | ".join([what, *cells]) + " |"
+
+    lines = [
+        "| | " + " | ".join(records) + " |",
+        "|---|" + "---|" * len(records),
+        row("one short text, p50", "overhead", lambda part: (
+            f"{part['http_p50_ms']:.1f} ms, {part['overhead_p50_ms']:.2f} ms more than in the library")),
+        row("64 connections, a text each", "saturation", lambda part: (
+            f"{number(part['http_per_s'])} sentences/s, {part['ratio']:.2f} of the library's `encode`")),
+        row("the same beside infinity on optimum", "infinity", lambda part: (
+            f"{part['throughput_ratio']:.1f} times as many; p99 at half load {part['m3e_p99_at_half_ms']:.0f} ms "
+            f"against {part['infinity_p99_at_half_ms']:.0f} ms")),
+        row("twice what it can do, for a minute", "overload", lambda part: (
+            f"{part['sent']:,} requests, {part['lost']} lost; {part['goodput_of_capacity']:.2f} of its capacity "
+            f"answered, p99 {part['p99_accepted_ms']:.0f} ms; p99 of a refusal {part['p99_refusal_ms']:.0f} ms")),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
-def check_readme(readme: Path = _README, path: Path = _RECORD) -> None:
+def write(page: Path, content: str) -> None:
+    """Write a table into its place in a page."""
+    page.write_text(_expected(page, content), encoding="utf-8")
+
+
+def check(page: Path, content: str) -> None:
     """Compare, and change nothing.
 
     Raises:
-        M3EError: The README shows other figures than the record.
+        M3EError: The page shows other figures than the record.
     """
-    if _expected(readme, path) != readme.read_text(encoding="utf-8"):
-        raise M3EError("README.md does not show the record's figures; run: python -m benchmarks readme")
+    if _expected(page, content) != page.read_text(encoding="utf-8"):
+        raise M3EError(f"{page.name} does not show the record's figures; run: python -m benchmarks readme")
 
 
-def _expected(readme: Path, path: Path) -> str:
-    if not readme.is_file():
-        raise M3EError(f"{readme} is not there: this command works in a checkout")
-    text = readme.read_text(encoding="utf-8")
-    content = table(load_record(path), path.stem)
+def quotes() -> Iterator[tuple[Path, str]]:
+    """Each page of the checkout that quotes records, and what it has to say."""
+    yield _ROOT / "README.md", table(load_record(_RESULTS / "cpu.json"), "cpu")
+    shapes = {"m3e-small shape": "serving", "m3e-base shape": "serving-base"}
+    records = {
+        shape: json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8")) for shape, name in shapes.items()
+    }
+    yield _ROOT / "docs" / "serving.md", serving_table(records)
+
+
+def _expected(page: Path, content: str) -> str:
+    if not page.is_file():
+        raise M3EError(f"{page} is not there: this command works in a checkout")
+    text = page.read_text(encoding="utf-8")
     if not _TABLE.search(text):
-        raise M3EError(f"{readme} has no <!-- table --> ... <!-- /table --> to write into")
+        raise M3EError(f"{page} has no <!-- table --> ... <!-- /table --> to write into")
     return _TABLE.sub(lambda match: match[1] + content + match[2], text)
 
 
