@@ -257,9 +257,8 @@ def main() -> None:
                         choices=["overhead", "saturation", "overload", "infinity"])  # fmt: skip
     parser.add_argument("--seconds", type=float, default=60, help="of the overload")
     parser.add_argument("--output", type=Path, default=RECORD)
-    parser.add_argument(
-        "--infinity", metavar="PYTHON", help="interpreter of an environment with infinity-emb[server] and optimum"
-    )
+    parser.add_argument("--infinity", metavar="PYTHON", help="of its environment, which 'python -m benchmarks engines "
+                        "--install' makes: .bench/envs/infinity/bin/python")  # fmt: skip
     parser.add_argument("--checkpoint", help="what infinity serves: a folder with model.onnx")
     parsed = parser.parse_args()
     if "infinity" in parsed.parts and not (parsed.infinity and parsed.checkpoint):
