@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -127,16 +129,28 @@ def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
     assert "".join(order) == "iiibiiibiiibiiib"
 
 
-def test_expired_jobs_are_never_taken() -> None:
-    queue = TokenQueue(1000)
-    late, fine = job(5, 5, deadline=1.0), job(5)
-    queue.add(late)
-    queue.add(fine)
-    batch, expired = queue.take(2.0)
-    assert [item.job for item in batch] == [fine]
-    assert expired == [late]
-    assert isinstance(late.error, DeadlineError)
-    assert queue.n_tokens == 0
+def test_expired_jobs_are_never_taken(cases: Callable[[int], int], record_property: Callable[[str, str], None]) -> None:
+    """Jobs come and are taken at times in any order; whoever is late is told and not run."""
+    rng, n = random.Random(0), cases(1000)
+    queue, now, taken, expired = TokenQueue(60), 0.0, list[Job](), list[Job]()
+    jobs = [job(*rng.choices(range(1, 40), k=rng.randint(1, 3)), deadline=rng.uniform(0, n / 10)) for _ in range(n)]
+    for each in jobs:
+        queue.add(each)
+        now += rng.uniform(0, 0.2)
+        if rng.random() < 0.7:
+            batch, late = queue.take(now)
+            assert all(item.job.deadline > now for item in batch)
+            taken += [item.job for item in batch]
+            expired += late
+    while queue.n_tokens:
+        batch, late = queue.take(now)
+        assert all(item.job.deadline > now for item in batch)
+        taken += [item.job for item in batch]
+        expired += late
+    assert all(isinstance(each.error, DeadlineError) and each.done for each in expired)
+    assert {*taken, *expired} == {*jobs}
+    record_property("C8", f"0 of {len(expired):,} that expired, among {n:,}")
+    assert n // 10 < len(expired) < n
 
 
 # The scheduler

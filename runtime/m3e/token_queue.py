@@ -89,11 +89,13 @@ class _Lane:
     def oldest(self) -> Item | None:
         return _live_head(self.arrivals)
 
-    def companions(self, width: int, n: int) -> list[Item]:
-        """Take up to n texts of a width, oldest first."""
+    def companions(self, width: int, n: int, expire: Callable[[Job], bool]) -> list[Item]:
+        """Take up to n texts of a width, oldest first, of jobs that have not expired."""
         waiting = self.by_width.get(width)
         taken: list[Item] = []
         while waiting and len(taken) < n and (item := _live_head(waiting)) is not None:
+            if expire(item.job):
+                continue
             waiting.popleft()
             item.taken = True
             taken.append(item)
@@ -144,20 +146,25 @@ class TokenQueue:
             The batch, empty if nothing waits; and jobs whose deadline had passed, now done with `DeadlineError`.
         """
         expired: list[Job] = []
-        while (head := self._next()) is not None:
-            if head.job.deadline > now:
-                break
-            head.job.error = DeadlineError("the request's time ran out while it waited; its texts were not run")
-            head.job.done = True
-            self.drop(head.job)
-            expired.append(head.job)
+
+        def expire(job: Job) -> bool:
+            if job.deadline > now:
+                return False
+            job.error = DeadlineError("the request's time ran out while it waited; its texts were not run")
+            job.done = True
+            self.drop(job)
+            expired.append(job)
+            return True
+
+        while (head := self._next()) is not None and expire(head.job):
+            pass
         if head is None:
             return [], expired
         lane = self._lanes[head.job.priority]
         other = self._lanes["bulk" if head.job.priority == "interactive" else "interactive"]
         n_rows = max(1, self._max_batch_tokens // head.width)
-        batch = lane.companions(head.width, n_rows)
-        batch += other.companions(head.width, n_rows - len(batch))
+        batch = lane.companions(head.width, n_rows, expire)
+        batch += other.companions(head.width, n_rows - len(batch), expire)
         for item in batch:
             job, length = item.job, len(item.ids)
             job.n_waiting_tokens -= length
