@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import tokenizers
 from m3e.cut import cutter
 from m3e.errors import BundleError, InferenceError, InputError
 
-# A bound on the Encoding objects alive at once (each keeps offsets and token strings, about 100 bytes a token).
+# Bounds on the Encoding objects alive at once (each keeps offsets and token strings, about 100 bytes a token).
 _CHUNK = 2048
+_CHUNK_CHARACTERS = 1 << 18
 # Characters from which a text is cut first; below, cutting saves next to nothing.
 _LONG_CHARACTERS = 8192
 
@@ -72,9 +73,9 @@ class Tokenizer:
         input_ids: list[list[int]] = []
         n_tokens_full = np.empty(len(texts), dtype=np.int64)
         keep = self.max_seq_length - self._n_suffix
-        for start in range(0, len(texts), _CHUNK):
-            chunk = [self._cut_long(text, start + i) for i, text in enumerate(texts[start : start + _CHUNK])]
-            for encoding in self._encode(chunk, start):
+        cut = (self._cut_long(text, i) for i, text in enumerate(texts))
+        for chunk in _chunks(cut):
+            for encoding in self._encode(chunk, len(input_ids)):
                 ids = encoding.ids
                 n_tokens_full[len(input_ids)] = len(ids)
                 if len(ids) > self.max_seq_length:
@@ -108,11 +109,9 @@ class Tokenizer:
         Raises:
             InputError: A text is not valid Unicode (a lone surrogate).
         """
-        counts = [
-            len(encoding.ids)
-            for start in range(0, len(texts), _CHUNK)
-            for encoding in self._encode(texts[start : start + _CHUNK], start)
-        ]
+        counts: list[int] = []
+        for chunk in _chunks(texts):
+            counts += [len(encoding.ids) for encoding in self._encode(chunk, len(counts))]
         return np.array(counts, dtype=np.int64)
 
     def _cut_long(self, text: str, index: int) -> str:
@@ -132,6 +131,20 @@ class Tokenizer:
             if not is_failure(error):
                 raise
             raise InferenceError(f"tokenizers failed on {len(texts)} texts: {error}") from error
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Split texts into lists that are tokenised together; a text that is longer than a chunk is one by itself."""
+    chunk: list[str] = []
+    n_characters = 0
+    for text in texts:
+        if chunk and (len(chunk) == _CHUNK or n_characters + len(text) > _CHUNK_CHARACTERS):
+            yield chunk
+            chunk, n_characters = [], 0
+        chunk.append(text)
+        n_characters += len(text)
+    if chunk:
+        yield chunk
 
 
 def is_failure(error: BaseException) -> bool:
