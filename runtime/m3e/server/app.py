@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from m3e.errors import M3EError
+from m3e.errors import ClosedError, M3EError, OverloadedError
 from m3e.server.gate import Gate, Header, State
 from m3e.server.http import Protocol, dialect_of
 from m3e.server.metrics import Metrics
@@ -57,6 +57,7 @@ class App:
         self.models = models
         self.state = State()
         self.n_active = 0
+        self.n_held_bytes = 0
         self._origins = {origin.strip().encode() for origin in settings.cors_origins.split(",") if origin.strip()}
         self._id_prefix = os.urandom(6).hex().encode() + b"-"
         self._ids = itertools.count(1)
@@ -134,6 +135,7 @@ class App:
             problem = Problem("internal_error", "The server failed; its log has the request id.")
         finally:
             self.n_active -= 1
+            self.n_held_bytes -= request.n_held_bytes
             if connection is not None:
                 connection.on_lost = None
         if problem is not None:
@@ -160,17 +162,24 @@ class App:
                           (b"access-control-max-age", b"600")))  # fmt: skip
         method = self.gate.check(request.method, request.path, route, scope["headers"])
         if method == "POST":
-            body = await self._read_body(request.headers, receive)
+            body = await self._read_body(request, receive)
             if body is None:
                 return None
             request.body = body
             request.started_at = time.perf_counter()
-        return await self.routes[route][method](request)
+        handler = self.routes[route][method]
+        try:
+            return await handler(request)
+        except ClosedError:
+            # If its bundle was swapped before its turn came, the new one answers. If the service is ending, none does.
+            return await handler(request)
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+    async def _read_body(self, request: Request, receive: Callable[[], Awaitable[Any]]) -> bytes | None:
         limit = self.settings.max_body_bytes
-        announced = headers.get(b"content-length", b"")
+        announced = request.headers.get(b"content-length", b"")
         too_large = announced.isdigit() and int(announced) > limit
+        if announced.isdigit() and not too_large:
+            self._check_room(request, int(announced))
         hear_out = not announced.isdigit() or int(announced) <= _HEARD_OUT_BYTES
         parts: list[bytes] = []
         n = 0
@@ -182,6 +191,9 @@ class App:
             n += len(part)
             too_large = too_large or n > limit
             if not too_large:
+                self._check_room(request, len(part))
+                self.n_held_bytes += len(part)
+                request.n_held_bytes += len(part)
                 parts.append(part)
             else:
                 parts.clear()
@@ -192,6 +204,15 @@ class App:
             raise Problem("content_too_large", f"The body is larger than {limit} bytes; send fewer texts at a time.",
                           headers=((b"connection", b"close"),))  # fmt: skip
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check_room(self, request: Request, n_bytes: int) -> None:
+        """Refuse bytes that would be too many beside other bodies.
+
+        Only what has come counts: a client that announces a body and does not send it keeps nobody out.
+        """
+        others = self.n_held_bytes - request.n_held_bytes
+        if others and self.n_held_bytes + n_bytes > self.settings.max_held_bytes:
+            raise OverloadedError(f"bodies of {others} bytes are there already; send again later, or fewer texts")
 
     def _request_id(self, headers: dict[bytes, bytes]) -> bytes:
         given = headers.get(b"x-request-id", b"")

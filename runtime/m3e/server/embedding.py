@@ -7,8 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from m3e.errors import ClosedError
-from m3e.server.models import Model, Models
+from m3e.server.models import Model
 from m3e.server.problems import Problem
 from m3e.server.requests import Inputs, Request
 from m3e.server.settings import Settings
@@ -61,16 +60,13 @@ async def tokenize(
     return tokens
 
 
-async def embed(model: Model, models: Models, input_ids: list[list[int]], request: Request) -> Float32Array:
-    """Run token ids; if the bundle was swapped meanwhile, on the new one."""
-    priority = _priority(request, model)
-    try:
-        job = await model.embed(input_ids, priority)
-    except ClosedError:
-        newer = models.current(model)
-        if newer.manifest.space_id != model.manifest.space_id:
-            raise  # its ids may mean other words; the client sends the text again
-        job = await newer.embed(input_ids, priority)
+async def embed(model: Model, input_ids: list[list[int]], request: Request) -> Float32Array:
+    """Run token ids.
+
+    Raises:
+        ClosedError: The bundle was swapped, or the service is ending.
+    """
+    job = await model.embed(input_ids, _priority(request, model))
     request.timings_s = (request.timings_s[0], *_times(job))
     return job.vectors
 

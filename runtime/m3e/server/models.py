@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from m3e.aio import INLINE_CHARACTERS, JobAwaiter
 from m3e.backends import choose_graph
 from m3e.bundle import Bundle
 from m3e.calibration import load_calibration
-from m3e.errors import ClosedError, InputError, OverloadedError
+from m3e.errors import InputError, OverloadedError
 from m3e.scheduler import Scheduler
 from m3e.server.settings import Settings
 from m3e.server.worker import DEFAULT_COMMAND, Worker
@@ -32,6 +33,7 @@ class Model:
         folder: The bundle.
         settings: Of the service.
         threads: For inference.
+        tokenizing: Threads that tokenise long texts.
         awaiter: Where finished jobs go.
         observe_batch: Called after each batch with its texts, tokens and seconds.
         worker_command: See `m3e.server.worker.Worker`.
@@ -48,6 +50,7 @@ class Model:
         settings: Settings,
         *,
         threads: int,
+        tokenizing: Executor,
         awaiter: JobAwaiter,
         observe_batch: Callable[[int, int, float], None],
         worker_command: Sequence[str] = DEFAULT_COMMAND,
@@ -61,6 +64,7 @@ class Model:
         self.calibration = load_calibration(bundle.side_file(), self.manifest)
         self._tokenizer_json = bundle.read_tokenizer()
         self.tokenizer = Tokenizer(self._tokenizer_json, self.max_seq_length)
+        self._tokenizing = tokenizing
         self._awaiter = awaiter
         self._timeout_s = settings.request_timeout_s
         self.worker = Worker(
@@ -111,7 +115,7 @@ class Model:
         """Tokenise: short texts at once, long ones in a thread, so that the event loop stays free."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.tokenizer(texts)
-        return await asyncio.to_thread(self.tokenizer, texts)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.tokenizer, texts)
 
     async def embed(self, input_ids: Sequence[list[int]], priority: Priority) -> Job:
         """Wait for the vectors of some token ids; errors as `m3e.aio.JobAwaiter.run`."""
@@ -180,17 +184,6 @@ class Models:
             old, new = self._models[name], self._open_model(name, self._folders[name])
             self._models[name] = new
             old.close(self._grace_s)
-
-    def current(self, model: Model) -> Model:
-        """The model that now stands where this one stood.
-
-        Raises:
-            ClosedError: It is still this one, so the service is closing.
-        """
-        newer = self._models.get(model.name)
-        if newer is None or newer is model:
-            raise ClosedError("the service is closing")
-        return newer
 
     def close(self) -> None:
         """Close them all."""

@@ -44,7 +44,7 @@ class OpenAIRoutes:
         tokens = await embedding.tokenize(
             model, inputs, request, settings, name="input", prompt=model.prompt(None), truncate=settings.auto_truncate
         )
-        vectors = await embedding.embed(model, self._models, tokens.input_ids, request)
+        vectors = await embedding.embed(model, tokens.input_ids, request)
         vectors = embedding.finish(expand(vectors) if widened else vectors, dimensions)
         n_tokens, n_full = tokens.n_tokens.tolist(), tokens.n_tokens_full.tolist()
         data = [

@@ -24,6 +24,7 @@ class Request:
     """One request, whole.
 
     Attributes:
+        n_held_bytes: What has come of the body.
         timings_s: What the answer's headers will say: tokenization, queue, inference.
         tokens: The texts' tokens, once known.
         device: What runs them.
@@ -37,6 +38,7 @@ class Request:
     id: bytes
     started_at: float
     n_texts: int = 0
+    n_held_bytes: int = 0
     timings_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     tokens: TokenIds | None = None
     n_tokens: int = 0

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ from m3e.server.worker import DEFAULT_COMMAND
 log = logging.getLogger("m3e.server")
 
 _LAST_CALL_S = 0.1
+# The library spreads one call over the processors by itself, and each call takes the memory of a whole request.
+_TOKENIZING_THREADS = 2
+# libuv accepts one connection of a listening socket in a turn of the loop. Where turns are full of requests, new
+# connections, such as a health check's, would wait for seconds behind a crowd's. Each further socket costs 4 us of a
+# connection.
+_ACCEPTS = 16
 
 
 def serve(settings: Settings, keys: Sequence[str] = (), worker_command: Sequence[str] = DEFAULT_COMMAND) -> None:
@@ -58,11 +65,13 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
     loop = asyncio.get_running_loop()
     awaiter = JobAwaiter(loop)
     threads = settings.threads or available_threads()
+    tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="m3e-tokenize")
 
     def open_model(name: str, folder: str) -> Model:
         return Model(
             name, folder, settings,
-            threads=threads, awaiter=awaiter, observe_batch=app.metrics.observe_batch, worker_command=worker_command,
+            threads=threads, tokenizing=tokenizing, awaiter=awaiter, observe_batch=app.metrics.observe_batch,
+            worker_command=worker_command,
         )  # fmt: skip
 
     models = Models(open_model, settings.bundles, settings.grace_s)
@@ -80,7 +89,8 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
         task.add_done_callback(tasks.discard)
 
     loop.add_signal_handler(signal.SIGHUP, reload_all)
-    serving = loop.create_task(server.serve(sockets=[listener]))
+    listeners = [listener, *(listener.dup() for _ in range(_ACCEPTS - 1))]
+    serving = loop.create_task(server.serve(sockets=listeners))
     opening = loop.create_task(asyncio.to_thread(models.open_all))
     stopped = loop.create_task(stopping.wait())
     host, port = listener.getsockname()[:2]

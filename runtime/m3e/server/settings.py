@@ -37,6 +37,9 @@ class Settings:
     max_client_batch_size: int = _setting(2048, "texts of a request", at_least=1)
     max_request_tokens: int = _setting(300_000, "tokens of a request, after truncation", at_least=1)
     max_body_bytes: int = _setting(8_000_000, "bytes of a request's body; beyond, 413", at_least=1)
+    max_held_bytes: int = _setting(
+        16_000_000, "bytes of bodies that may be there at a time; beyond, 429; one body always may", at_least=1
+    )
     max_header_bytes: int = _setting(65_536, "bytes of a request's headers; beyond, 431", at_least=256)
     max_json_depth: int = _setting(32, "nesting of a request's JSON", at_least=2)
     header_timeout_s: float = _setting(5.0, "seconds to send the headers in, all of them", at_least=0.01)

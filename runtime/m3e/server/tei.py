@@ -48,7 +48,7 @@ class TEIRoutes:
                 param="dimensions",
             )
         tokens = await self._tokenize(content, model, inputs, request)
-        vectors = await embedding.embed(model, self._models, tokens.input_ids, request)
+        vectors = await embedding.embed(model, tokens.input_ids, request)
         vectors = embedding.finish(vectors, dimensions) if normalized else vectors[:, :dimensions]
         body = orjson.dumps(list(vectors), option=orjson.OPT_SERIALIZE_NUMPY)
         return Answer(body, headers=_counts(tokens))
@@ -130,7 +130,7 @@ class TEIRoutes:
             )
         request.n_texts = texts.n
         tokens = await self._tokenize(parameters, model, texts, request)
-        vectors = await embedding.embed(model, self._models, tokens.input_ids, request)
+        vectors = await embedding.embed(model, tokens.input_ids, request)
         if calibration is None:
             scores = similarity(vectors[0], vectors[1:])[0]
         else:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.encoder import Encoder
-from m3e.errors import InferenceError, M3EError, StartError, WorkerLostError
+from m3e.errors import ClosedError, InferenceError, M3EError, StartError, WorkerLostError
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -127,6 +127,8 @@ class Worker:
         self._kill()
 
     def _call(self, channel: int, kind: bytes, input_ids: list[list[int]]) -> Float32Array:
+        if self._closed:
+            raise ClosedError("the inference process was ended")
         if not self._up:
             self._replace(self._generation)
         generation, connection = self._generation, self._channels[channel]
@@ -139,6 +141,8 @@ class Worker:
         except (OSError, EOFError) as error:
             hung = isinstance(error, BlockingIOError)
             self._since[channel] = 0.0
+            if self._closed:
+                raise ClosedError("the inference process was ended") from error
             self._lose(generation)
             raise WorkerLostError(
                 f"the inference process {'did not answer' if hung else 'died'}; it is being replaced"
