@@ -26,11 +26,13 @@ class Outcome:
         status: Of the answer; 0 if the connection broke or no answer came.
         seconds: From the time it should have left to the end of its answer.
         late_s: From the time it should have left to when it did: what the generator itself adds.
+        due_s: When it should have left, from the first request's time on.
     """
 
     status: int
     seconds: float
     late_s: float
+    due_s: float
 
 
 def open_loop(
@@ -44,7 +46,21 @@ def open_loop(
     path: str = "/embed",
     model: str = "",
 ) -> list[Outcome]:
-    """Send single texts at Poisson arrival times to ``/embed`` or ``/v1/embeddings`` on loopback.
+    """Send single texts at Poisson arrival times to ``/embed`` or ``/v1/embeddings`` on loopback; see `phases`."""
+    return phases(port, texts, [(rate_per_s, seconds)], seed=seed, connections=connections, path=path, model=model)
+
+
+def phases(
+    port: int,
+    texts: Sequence[str],
+    rates: Sequence[tuple[float, float]],
+    *,
+    seed: int = 0,
+    connections: int = 1024,
+    path: str = "/embed",
+    model: str = "",
+) -> list[Outcome]:
+    """Send at one rate after the other, each given per second and with the seconds that it lasts, without a pause.
 
     A process of its own sends bytes prepared beforehand. A pool of kept connections grows as needed, up to a bound;
     each carries one request at a time. Latency counts from the intended time, so a generator that falls behind makes
@@ -58,10 +74,18 @@ def open_loop(
     for text in texts:
         body = json.dumps({field: text, **extra}, ensure_ascii=False).encode()
         messages.append(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-    times, due = [], 0.0
-    for _ in range(round(rate_per_s * seconds)):
-        due += rng.expovariate(rate_per_s)
-        times.append(due)
+    times, begin = list[float](), 0.0
+    for rate_per_s, seconds in rates:
+        due = begin
+        for _ in range(round(rate_per_s * seconds)):
+            due += rng.expovariate(rate_per_s)
+            times.append(due)
+        begin = max(due, begin + seconds)
+    return send(port, messages, times, connections=connections)
+
+
+def send(port: int, messages: Sequence[bytes], times: Sequence[float], *, connections: int = 1024) -> list[Outcome]:
+    """Send whole requests in turn, each at its time in seconds from now."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_send_all, port, messages, times, connections).result()
 
@@ -86,8 +110,7 @@ class _Connection:
         return len(self.answer) - end - 4 >= int(length)
 
 
-def _send_all(port: int, messages: list[bytes], times: list[float], limit: int) -> list[Outcome]:
-    """Send message after message, each at its time in seconds from now."""
+def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limit: int) -> list[Outcome]:
     gc.disable()  # a pause would be blamed on the server
     clock = time.perf_counter
     start = clock()
@@ -104,7 +127,7 @@ def _send_all(port: int, messages: list[bytes], times: list[float], limit: int) 
         nonlocal n_ended
         number = connection.number
         if number >= 0:
-            outcomes[number] = Outcome(status, clock() - start - times[number], late[number])
+            outcomes[number] = Outcome(status, clock() - start - times[number], late[number], times[number])
             n_ended += 1
         connection.number, connection.answer = -1, b""
         if status:
@@ -127,7 +150,7 @@ def _send_all(port: int, messages: list[bytes], times: list[float], limit: int) 
             else:
                 connection = idle.pop()
         except OSError:
-            outcomes[number] = Outcome(0, clock() - start - times[number], 0.0)
+            outcomes[number] = Outcome(0, clock() - start - times[number], 0.0, times[number])
             n_ended += 1
             return True
         connection.number = number
@@ -163,4 +186,4 @@ def _send_all(port: int, messages: list[bytes], times: list[float], limit: int) 
     for connection in opened.values():
         connection.socket.close()
     lost = clock() - start
-    return [outcome or Outcome(0, lost - times[i], late[i]) for i, outcome in enumerate(outcomes)]
+    return [outcome or Outcome(0, lost - times[i], late[i], times[i]) for i, outcome in enumerate(outcomes)]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 import m3e
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,14 @@ class Server:
         """GET; see `request`."""
         return self.request("GET", path, **named)
 
+    def metrics(self) -> dict[str, float]:
+        """What /metrics says, by the name and the labels of each series."""
+        return {
+            sample.name + (str(sorted(sample.labels.items())) if sample.labels else ""): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").body.decode())
+            for sample in family.samples
+        }
+
     def ready(self) -> bool:
         """Whether it says that it is."""
         return self.get("/health/ready").status == 200
@@ -93,15 +103,26 @@ class Server:
                 children += (task / "children").read_text().split()
         return int(next(iter(set(children))))
 
-    def resident_kb(self) -> int:
-        """Resident memory of the server and its worker."""
-        total = 0
+    def resident_kb(self, *, peak: bool = False) -> int:
+        """Resident memory of the server and its worker; see `resident_kb`."""
+        return sum(resident_kb(pid, peak=peak) for pid in (self.process.pid, self.worker_pid()))
+
+    def forget_peaks(self) -> None:
+        """See `forget_peak`."""
         for pid in (self.process.pid, self.worker_pid()):
-            status = Path(f"/proc/{pid}/status").read_text()
-            match = re.search(r"VmRSS:\s+(\d+)", status)
-            assert match is not None
-            total += int(match[1])
-        return total
+            forget_peak(pid)
+
+
+def resident_kb(pid: int, *, peak: bool = False) -> int:
+    """Resident memory of a process, now or at its highest (Linux: proc(5), VmRSS and VmHWM)."""
+    match = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match[1])
+
+
+def forget_peak(pid: int) -> None:
+    """Let a process's highest resident memory be that of now (Linux: proc(5), clear_refs)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def start(*arguments: object, command: tuple[str, ...] = COMMAND, ready: bool = True, **environment: str) -> Server:

@@ -159,17 +159,24 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
     }
 
 
-def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60) -> dict[str, Any]:
-    """Open loop at 0.8 and at 2 times the capacity that 64 closed connections find, with the default settings.
+def capacity_per_s(port: int, texts: list[str]) -> float:
+    """What 64 closed connections find."""
+    return float(wrk(port, texts, seconds=6, connections=_CONNECTIONS)["per_s"])
+
+
+def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60, factor: float = 2) -> dict[str, Any]:
+    """Open loop at 0.8 times the capacity and at a multiple of it, with the default settings.
 
     The capacity is measured again afterwards, and goodput is held against the mean of both.
     """
     texts = texts or [f"今天天气真好 {i}" for i in range(500)]
     with running(bundle) as server:
-        capacity = wrk(server.port, texts, seconds=6, connections=_CONNECTIONS)["per_s"]
+        capacity = capacity_per_s(server.port, texts)
         calm = open_loop(server.port, texts, rate_per_s=0.8 * capacity, seconds=min(seconds, 20), seed=1)
-        storm = open_loop(server.port, texts, rate_per_s=2 * capacity, seconds=seconds, seed=2)
-        capacity_after = wrk(server.port, texts, seconds=6, connections=_CONNECTIONS)["per_s"]
+        before = server.metrics()
+        storm = open_loop(server.port, texts, rate_per_s=factor * capacity, seconds=seconds, seed=2)
+        batches = histogram(before, server.metrics(), "m3e_inference_seconds")
+        capacity_after = capacity_per_s(server.port, texts)
     accepted = [outcome.seconds for outcome in storm if outcome.status == 200]
     refused = [outcome.seconds for outcome in storm if outcome.status == 429]
     return {
@@ -183,6 +190,7 @@ def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60) -
         "goodput_of_capacity": len(accepted) / seconds / ((capacity + capacity_after) / 2),
         "p99_at_0.8_ms": _p99([outcome.seconds for outcome in calm if outcome.status == 200]),
         "p99_accepted_ms": _p99(accepted),
+        "p99_batch_ms": quantile(batches, 0.99) * 1e3,
         "p99_refusal_ms": _p99(refused),
         "p99_sent_late_ms": _p99([outcome.late_s for outcome in storm]),
     }
@@ -228,6 +236,22 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
         "p99_ratio": our_p99 / their_p99,
         "half": "each at half of its own throughput",
     }
+
+
+def histogram(before: dict[str, float], after: dict[str, float], name: str) -> list[tuple[float, float]]:
+    """Upper bounds of a histogram's buckets, and how many values came into each or below between two looks."""
+    counts = {key: after[key] - before[key] for key in after if key.startswith(f"{name}_bucket[")}
+    return sorted((float(key.split("'")[3]), count) for key, count in counts.items())
+
+
+def quantile(buckets: list[tuple[float, float]], share: float) -> float:
+    """Within its bucket a value counts as anywhere, as Prometheus' histogram_quantile has it."""
+    below, lower = 0.0, 0.0
+    for bound, count in buckets:
+        if count >= share * buckets[-1][1] and count > below:
+            return lower + (bound - lower) * (share * buckets[-1][1] - below) / (count - below)
+        below, lower = count, bound
+    return float("nan")
 
 
 def _p99(seconds: list[float]) -> float:

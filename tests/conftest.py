@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,24 @@ from m3e import Encoder
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
 from tests.hubs import Hub, fill, serving
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="how many cases a test runs that counts them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A number that nobody would heed is a mistake."""
+    deaf = [item.nodeid for item in items if "cases" not in getattr(item, "fixturenames", ())]
+    if config.getoption("--cases") is not None and deaf:
+        raise pytest.UsageError(f"--cases was given, and {deaf[0]} counts no cases; name only tests that do")
+
+
+@pytest.fixture(scope="session")
+def cases(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How many cases to run: a test's own number, or that of ``--cases``."""
+    given: int | None = request.config.getoption("--cases")
+    return lambda own: own if given is None else given
 
 
 @pytest.fixture(scope="session")

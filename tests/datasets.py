@@ -12,6 +12,11 @@ def stsb_sentences(data_dir: Path, language: str) -> list[str]:
     if language == "zh":
         lines = (data_dir / "zh-stsb-test.tsv").read_text(encoding="utf-8").splitlines()
         return [sentence for line in lines for sentence in line.split("\t")[:2]]
+    return [sentence for pair in stsb_pairs(data_dir) for sentence in pair[:2]]
+
+
+def stsb_pairs(data_dir: Path) -> list[tuple[str, str, float]]:
+    """The pairs of the English STS-B test set, with their scores."""
     with gzip.open(data_dir / "en-stsb.tsv.gz", "rt", encoding="utf-8") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [row[key] for row in rows if row["split"] == "test" for key in ("sentence1", "sentence2")]
+        return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows if row["split"] == "test"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from m3e_bench.machine import describe_code, describe_machine
-from tests.trust import TIERS, Figure, Tier, figures
+from tests.trust import TIERS, Figure, Tier, figures, proofs
 from tests.trust.goals import GOALS, GROUPS
 
 RECORD = Path(__file__).parent / "trust" / "scoreboard.json"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="cases, instead of the tier's")
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help="such as A1; default: all of the tier")
     options = parser.parse_args(arguments)
-    known = {figure.id: figure for figure in figures()}
+    known = {figure.id: figure for figure in (*figures(), *proofs.figures())}
     unknown = set(options.figures) - known.keys()
     if unknown:
         parser.error(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -69,10 +69,11 @@ def _measure(figure: Figure, tier: Tier, count: int) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The scoreboard as text: each goal, beneath it what harnesses measured, or the test that proves it."""
-    by_goal: dict[str, list[Figure]] = {}
-    for figure in figures():
-        by_goal.setdefault(figure.id.rstrip("abcdefghijklmnopqrstuvwxyz"), []).append(figure)
+    """The scoreboard as text: each goal, beneath it what was measured."""
+    rows: dict[str, list[Figure]] = {}
+    for figure in (*figures(), *proofs.figures()):
+        rows.setdefault(figure.id.rstrip("abcdefghijklmnopqrstuvwxyz"), []).append(figure)
+    known = {figure.id: figure for found in rows.values() for figure in found}
     controls = [caught for each in record.values() for caught in each["caught"].values()]
     lines: list[str] = []
     for goal in GOALS:
@@ -83,10 +84,11 @@ def table(record: dict[str, Any]) -> str:
             lines.append(
                 f"       {'pass' if all(controls) else 'FAIL'}  controls caught {sum(controls)}/{len(controls)}"
             )
-        for figure in by_goal.get(goal.id, []):
+            continue
+        for figure in (*rows.get(goal.id, []), *(known[id_] for id_ in goal.within)):
             lines.append(_measured(figure, record.get(figure.id)))
-        if goal.id not in by_goal and goal.id != "F7":
-            lines.append(f"       {'test  ' + goal.proof if goal.proof else 'not measured'}")
+        if goal.id not in rows and not goal.within:
+            lines.append("       not measured")
     return "\n".join(lines[1:])
 
 
@@ -95,9 +97,10 @@ def _measured(figure: Figure, found: dict[str, Any] | None) -> str:
         return f"       not measured  {figure.name}"
     caught = found["caught"].values()
     passed = found["passed"] and all(caught)
+    controls = f"; controls caught {sum(caught)}/{len(caught)}" if caught else ""
     return (
-        f"       {'pass' if passed else 'FAIL'}  {figure.id}: {found['measured']}; controls caught {sum(caught)}/"
-        f"{len(caught)}; {found['date']}, {found['tier']}, {found['seconds']} s"
+        f"       {'pass' if passed else 'FAIL'}  {figure.id}: {found['measured']}{controls}; "
+        f"{found['date']}, {found['tier']}, {found['seconds']} s"
     )
 
 

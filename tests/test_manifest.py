@@ -175,12 +175,15 @@ def test_all_problems_are_in_one_message(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
-def test_another_format_version_is_refused(data: bytes, version: object) -> None:
+def test_another_format_version_is_refused(
+    data: bytes, version: object, record_property: Callable[[str, str], None]
+) -> None:
     content = {**json.loads(data), "format_version": version, "of": "the future"}
     with pytest.raises(BundleError) as caught:
         Manifest.from_bytes(seal(content))
     assert f"has format version {version!r}, this m3e reads 1" in str(caught.value)
     assert "convert the checkpoint again" in str(caught.value)
+    record_property("B8", f"version {version!r} is refused")
 
 
 def test_arrays_come_back() -> None:

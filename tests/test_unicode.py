@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,9 @@ def test_the_ids_of_a_sample_are_frozen(minilm: Tokenizer) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("folder", ["minilm_checkpoint", "tiny_checkpoint"])
-def test_the_ids_of_every_character_are_transformers_ids(folder: str, request: pytest.FixtureRequest) -> None:
+def test_the_ids_of_every_character_are_transformers_ids(
+    folder: str, request: pytest.FixtureRequest, record_property: Callable[[str, str], None]
+) -> None:
     from transformers import AutoTokenizer
 
     checkpoint: Path = request.getfixturevalue(folder)
@@ -70,6 +72,7 @@ def test_the_ids_of_every_character_are_transformers_ids(folder: str, request: p
         assert actual == expected, next(text for text, a, b in zip(texts, actual, expected, strict=True) if a != b)
         n_texts += len(texts)
     assert n_texts == 6 * 1_112_064
+    record_property("A4", f"{n_texts:,} of {n_texts:,}, {folder.removesuffix('_checkpoint')}")
 
 
 @pytest.mark.long

@@ -6,7 +6,8 @@ leaks, a mask made from ids) that the very same check has to catch. A check that
 
 `harnesses` finds the modules by itself. ``tests/test_trust.py`` runs every figure at its tier's count and fails on a
 missed goal or on a control that got away; ``python -m tests.scoreboard --run TIER`` runs them too and records the
-outcome in ``scoreboard.json``, which ``python -m tests.scoreboard`` prints.
+outcome in ``scoreboard.json``, which ``python -m tests.scoreboard`` prints. What an ordinary test measures is a row
+too, by `tests.trust.proofs`.
 
     def measure(count: int) -> Outcome:
         wrong = sum(attack(i) for i in counted(count))

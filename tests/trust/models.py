@@ -28,13 +28,26 @@ def _folder() -> Path:
 
 def tiny_checkpoint() -> Path:
     """M3E's shape with two layers of 64 and random weights, M3E's vocabulary size."""
-    folder = _folder() / "m3e-tiny"
-    return folder if folder.exists() else write_checkpoint(folder)
+    return _checkpoint("tiny")
 
 
 def tiny_bundle() -> Path:
     """Its bundle, FP32 and INT8."""
-    target = _folder() / "bundle"
+    return _bundle("tiny")
+
+
+def small_bundle() -> Path:
+    """M3E-small's shape with random weights, FP32 and INT8: for what is a matter of time."""
+    return _bundle("small")
+
+
+def _checkpoint(shape: str) -> Path:
+    folder = _folder() / f"m3e-{shape}"
+    return folder if folder.exists() else write_checkpoint(folder, shape)
+
+
+def _bundle(shape: str) -> Path:
+    target = _folder() / f"bundle-{shape}"
     if not target.exists():
-        convert(str(tiny_checkpoint()), target, precisions=("fp32", "int8"))
+        convert(str(_checkpoint(shape)), target, precisions=("fp32", "int8"))
     return target
