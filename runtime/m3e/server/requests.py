@@ -155,6 +155,8 @@ def parse_field(
     value = content.get(name)
     if value is None:
         return default
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON Schema's integers: 30.0 is one
     if type(value) is not kind:
         wanted = {str: "a string", bool: "true or false", int: "an integer", dict: "an object"}[kind]
         raise Problem("invalid_type", f"{name} is {_json_type(value)}, expected {wanted}.", param=name)
