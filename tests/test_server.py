@@ -139,6 +139,7 @@ def test_tokens_carry_byte_offsets_and_decode_back(server: Server) -> None:
     ids = [token["id"] for token in row]
     assert server.post("/decode", {"ids": ids}).json == server.post("/decode", {"ids": [ids]}).json
     assert "今 天" in server.post("/decode", {"ids": ids}).json[0]
+    assert server.post("/decode", {"ids": [float(i) for i in ids]}).json == server.post("/decode", {"ids": ids}).json
     assert "[CLS]" in server.post("/decode", {"ids": ids, "skip_special_tokens": False}).json[0]
 
 

@@ -140,7 +140,7 @@ def _parse_ids(items: list[Any], name: str, settings: Settings, vocab_size: int)
             raise Problem("invalid_type", f"{where} is not an array of token ids like the first.", param=where)
         if not all(0 <= token < vocab_size for token in ids):
             raise Problem("invalid_token_id", f"{where} has a token id outside 0 to {vocab_size - 1}.", param=where)
-    return items
+    return [[as_integer(token) for token in ids] for ids in items]
 
 
 def parse_field(
@@ -155,8 +155,8 @@ def parse_field(
     value = content.get(name)
     if value is None:
         return default
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON Schema's integers: 30.0 is one
+    if kind is int:
+        value = as_integer(value)
     if type(value) is not kind:
         wanted = {str: "a string", bool: "true or false", int: "an integer", dict: "an object"}[kind]
         raise Problem("invalid_type", f"{name} is {_json_type(value)}, expected {wanted}.", param=name)
@@ -165,8 +165,13 @@ def parse_field(
     return value
 
 
+def as_integer(value: Any) -> Any:
+    """What is an integer to JSON Schema, such as 30.0, as an int; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _is_ids(items: list[Any]) -> bool:
-    return bool(items) and all(type(item) is int for item in items)
+    return bool(items) and all(type(as_integer(item)) is int for item in items)
 
 
 def _deeper(content: Any, max_depth: int) -> bool:

@@ -13,7 +13,7 @@ from m3e.errors import InputError
 from m3e.server import embedding
 from m3e.server.models import Model, Models
 from m3e.server.problems import Problem, retry_after
-from m3e.server.requests import Answer, Inputs, Request, parse_field, parse_inputs, parse_object
+from m3e.server.requests import Answer, Inputs, Request, as_integer, parse_field, parse_inputs, parse_object
 from m3e.server.settings import Settings
 from m3e.tokenizer import TokenIds
 from m3e.vectors import similarity
@@ -101,6 +101,7 @@ class TEIRoutes:
             raise Problem(
                 "array_above_max_length", f"ids has {len(rows)} items, at most {limit} are allowed.", param="ids"
             )
+        rows = [[as_integer(token) for token in row] for row in rows]
         if not all(type(token) is int and 0 <= token < size for row in rows for token in row):
             raise Problem("invalid_token_id", f"ids must be integers from 0 to {size - 1}.", param="ids")
         skip = parse_field(content, "skip_special_tokens", bool, True)
