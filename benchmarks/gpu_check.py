@@ -164,9 +164,8 @@ def _measure(
 def tokens_rate(session: AnySession, vocab_size: int, length: int, seconds: float) -> float:
     """Tokens a second from token ids of one length, through the session's own plan and as many threads as it wants."""
     rng = np.random.default_rng(0)
-    budget = getattr(session, "max_batch_tokens", 1024)
     # Sixteen batches a turn, so that its start and its end count little.
-    ids = rng.integers(0, vocab_size, (max(1, 16 * budget // length), length)).tolist()
+    ids = rng.integers(0, vocab_size, (max(1, 16 * session.max_batch_tokens // length), length)).tolist()
     batches = [[ids[row] for row in rows] for rows in session.plan(np.full(len(ids), length))]
 
     def everything() -> None:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
     it: processors that others share change their speed within seconds.
     """
     library, served, errors = [], [], 0
+    encoder = Encoder(bundle)
 
     def embed() -> float:
         n, started = 0, time.perf_counter()
@@ -140,7 +142,6 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
             n += len(texts)
         return n / passed
 
-    encoder = Encoder(bundle)
     with running(bundle, "--max-queue-ms", "0") as server:
         wrk(server.port, texts, seconds=2, connections=_CONNECTIONS)
         library.append(embed())
@@ -149,7 +150,7 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
             served.append(result["per_s"])
             errors += result["errors"]
             library.append(embed())
-    ratios = [rate / ((before + after) / 2) for rate, before, after in zip(served, library, library[1:], strict=False)]
+    ratios = [rate / statistics.mean(around) for rate, around in zip(served, pairwise(library), strict=True)]
     return {
         "library_per_s": statistics.median(library),
         "http_per_s": statistics.median(served),
@@ -245,13 +246,9 @@ def histogram(before: dict[str, float], after: dict[str, float], name: str) -> l
 
 
 def quantile(buckets: list[tuple[float, float]], share: float) -> float:
-    """Within its bucket a value counts as anywhere, as Prometheus' histogram_quantile has it."""
-    below, lower = 0.0, 0.0
-    for bound, count in buckets:
-        if count >= share * buckets[-1][1] and count > below:
-            return lower + (bound - lower) * (share * buckets[-1][1] - below) / (count - below)
-        below, lower = count, bound
-    return float("nan")
+    """A quantile of what `histogram` gives, even within a bucket as Prometheus' histogram_quantile; NaN of nothing."""
+    bounds, counts = np.transpose([(0.0, 0.0), *buckets])
+    return float(np.interp(share * counts[-1], counts, bounds)) if counts[-1] else float("nan")
 
 
 def _p99(seconds: list[float]) -> float:

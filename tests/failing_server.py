@@ -6,16 +6,16 @@ With ``worker`` as its first argument it is that process.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from m3e import Encoder, InferenceError
+from m3e.server import worker
+from tests import own_worker
 
 RAISES, HANGS, NANS, DIES, SLOW = "毒", "停", "空", "亡", "慢"
 
@@ -47,12 +47,4 @@ class FailingEncoder(Encoder):
 
 
 if __name__ == "__main__":
-    from m3e.server import run, worker
-
-    if sys.argv[1] == "worker":
-        worker.main(FailingEncoder, sys.argv[2:])
-    else:
-        from m3e.cli.main import main
-
-        run.serve = partial(run.serve, worker_command=(sys.executable, str(Path(__file__)), "worker"))
-        raise SystemExit(main(["serve", *sys.argv[1:]]))
+    raise SystemExit(own_worker.serve(__file__, partial(worker.main, FailingEncoder)))

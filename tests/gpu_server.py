@@ -5,22 +5,18 @@ With ``worker`` as its first argument it is the inference process.
 
 from __future__ import annotations
 
-import sys
-from functools import partial
-from pathlib import Path
-
 import pytest
 
+from m3e.server import worker
+from tests import own_worker
 from tests.gpu_standin import put_in_place
 
+
+def be_worker(arguments: list[str]) -> None:
+    """Run inference on the card."""
+    put_in_place(pytest.MonkeyPatch())
+    worker.main(arguments=arguments)
+
+
 if __name__ == "__main__":
-    from m3e.server import run, worker
-
-    if sys.argv[1] == "worker":
-        put_in_place(pytest.MonkeyPatch())
-        worker.main(arguments=sys.argv[2:])
-    else:
-        from m3e.cli.main import main
-
-        run.serve = partial(run.serve, worker_command=(sys.executable, str(Path(__file__)), "worker"))
-        raise SystemExit(main(["serve", *sys.argv[1:]]))
+    raise SystemExit(own_worker.serve(__file__, be_worker))

@@ -309,6 +309,29 @@ def test_bounds_of_nothing_are_refused() -> None:
 # Batcher and AsyncEncoder
 
 
+def test_batches_are_as_large_as_the_device_likes(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def embed(input_ids: list[list[int]]) -> Any:
+        sizes.append(len(input_ids))
+        return original(input_ids)
+
+    async def encode() -> None:
+        async with AsyncEncoder(tiny_encoder) as encoder:
+            await encoder.encode(["a b"] * 12)
+
+    original = tiny_encoder.embed
+    monkeypatch.setattr(tiny_encoder, "embed", embed)
+    monkeypatch.setattr(tiny_encoder._running.session, "max_batch_tokens", 12)  # a text has four tokens
+    with Batcher(tiny_encoder) as batcher:
+        batcher.encode(["a b"] * 12)
+    asyncio.run(encode())
+    with Batcher(tiny_encoder, max_batch_tokens=16) as batcher:
+        batcher.encode(["a b"] * 12)
+    assert sizes[:8] == [3] * 8
+    assert sizes[8:] == [4] * 3
+
+
 def test_threads_get_the_encoders_vectors(tiny_encoder: Encoder, sentences: list[str]) -> None:
     texts = [text for text in sentences if len(text) < 300][:120]
     expected = tiny_encoder.encode(texts, normalize_embeddings=True)

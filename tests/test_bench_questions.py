@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.serving import histogram, quantile
 from m3e import InputError
 from m3e_bench import budget
 from m3e_bench.peers import ENGINES, choose
@@ -175,3 +176,19 @@ def test_a_slow_workload_is_cut_but_keeps_its_least_batches(tmp_path: Path, boun
     model: Any = types.SimpleNamespace(name="tiny")
     _decide_parts(run, model, Workload("long", ("a",) * 320, ""))
     assert journal.fact("parts/long/tiny") == parts
+
+
+def test_a_quantile_lies_evenly_within_its_bucket() -> None:
+    def slowly(buckets: list[tuple[float, float]], share: float) -> float:
+        below, lower = 0.0, 0.0
+        for bound, count in buckets:
+            if count > below and count >= share * buckets[-1][1]:
+                return lower + (bound - lower) * (share * buckets[-1][1] - below) / (count - below)
+            below, lower = count, bound
+        return float("nan")
+
+    buckets = [(1.0, 0.0), (2.0, 3.0), (3.0, 3.0), (5.0, 10.0), (8.0, 10.0)]
+    for share in (0.01, 0.1, 0.29, 0.5, 0.99):
+        assert quantile(buckets, share) == pytest.approx(slowly(buckets, share))
+    assert np.isnan(quantile([(1.0, 0.0), (2.0, 0.0)], 0.5))
+    assert histogram({"x_bucket[('le', '1.0')]": 1}, {"x_bucket[('le', '1.0')]": 3, "y": 1}, "x") == [(1.0, 2)]

@@ -451,7 +451,7 @@ def test_working_ahead_keeps_order_takes_little_and_stops() -> None:
 
 def test_the_service_runs_on_a_card(gpu_bundle: Path, sentences: list[str]) -> None:
     texts = sentences[:12]
-    with serving(gpu_bundle, "--device", "cuda", "--max-batch-tokens", "256", command=(*GPU_SERVER,)) as server:
+    with serving(gpu_bundle, "--device", "cuda", "--max-batch-tokens", "256", command=GPU_SERVER) as server:
         reply = server.post("/embed", {"inputs": texts})
         assert reply.headers["x-compute-type"] == "gpu"
         info = server.get("/info").json

@@ -30,8 +30,8 @@ _LAST_CALL_S = 0.1
 # The library spreads one call over the processors by itself, and each call takes the memory of a whole request.
 _TOKENIZING_THREADS = 2
 # libuv accepts one connection of a listening socket in a turn of the loop. Where turns are full of requests, new
-# connections, such as a health check's, would wait for seconds behind a crowd's. Each further socket costs 4 us of a
-# connection.
+# connections, such as a health check's, would wait for seconds behind a crowd's. Every connection wakes all of these
+# sockets, so there are no more.
 _ACCEPTS = 16
 
 
@@ -99,7 +99,7 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
         await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
-            _spare_the_collector()
+            _freeze_long_lived()
             for model in models.opened():
                 log.info(
                     "%s is ready (%s, %s, %d threads)", model.name, model.graph.precision, model.worker.device, threads
@@ -115,7 +115,7 @@ async def _serve(settings: Settings, keys: list[str], worker_command: Sequence[s
         app.close()
 
 
-def _spare_the_collector() -> None:
+def _freeze_long_lived() -> None:
     """Keep what lives as long as the service out of Python's collections: each of them stops every request."""
     gc.unfreeze()  # of a bundle that was replaced nothing may stay
     gc.collect()
@@ -143,7 +143,7 @@ async def _reload(app: App) -> None:
         else:
             app.metrics.reloads["swapped"] += 1
             log.info("%s was reloaded", name)
-    _spare_the_collector()
+    _freeze_long_lived()
 
 
 def _config(settings: Settings, app: App) -> uvicorn.Config:

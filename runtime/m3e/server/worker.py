@@ -184,10 +184,11 @@ class Worker:
         pairs = [socket.socketpair() for _ in range(self._n_channels)]
         theirs = [pair[1].fileno() for pair in pairs]
         self._process = subprocess.Popen([*self._command, *map(str, theirs)], pass_fds=theirs, stdin=subprocess.DEVNULL)
-        for _, other in pairs:
+        self._channels = []
+        for ours, other in pairs:
             other.close()
-        _set_patience(pairs[0][0], _START_TIMEOUT_S)
-        self._channels = [Connection(os.dup(ours.fileno())) for ours, _ in pairs]
+            self._channels.append(Connection(ours.detach()))
+        _set_patience(self._channels[0], _START_TIMEOUT_S)
         try:
             hello: dict[str, Any] = json.loads(self._channels[0].recv_bytes())
         except (OSError, EOFError) as error:
@@ -200,17 +201,18 @@ class Worker:
         self.max_batch_tokens, self._batches_at_once = hello["max_batch_tokens"], hello["batches_at_once"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
-        for ours, _ in pairs:
-            _set_patience(ours, self.patience_s)
-            ours.close()
+        for channel in self._channels:
+            _set_patience(channel, self.patience_s)
         self._generation += 1
         self._up = True
 
 
-def _set_patience(channel: socket.socket, seconds: float) -> None:
-    """Have the kernel end a read after so long; polling before each costs as much as a short text's tokenisation."""
+def _set_patience(channel: Connection[bytes, bytes], seconds: float) -> None:
+    """Have the kernel end a read after so long, by a BlockingIOError; `Connection.poll` makes a selector each time."""
     whole = int(seconds)
-    channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", whole, int((seconds - whole) * 1e6)))
+    timeval = struct.pack("@ll", whole, int((seconds - whole) * 1e6))  # seconds, microseconds: setsockopt(2)
+    with socket.socket(fileno=os.dup(channel.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str] | None = None) -> None:
