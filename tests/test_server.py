@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from benchmarks.server_process import Reply, Server, running
-from m3e import Encoder, InputError
+from m3e import ClosedError, Encoder, InputError
 from m3e.cli.main import main
 from m3e.server.app import App
 from m3e.server.compat import DEFAULT_KEY, expand
 from m3e.server.gate import Gate, State
 from m3e.server.models import Models
 from m3e.server.problems import Problem
+from m3e.server.requests import Answer, Request
 from m3e.server.settings import Settings
 from m3e_export.pipeline import convert
 
@@ -544,11 +545,36 @@ def test_a_missing_bundle_ends_the_server_with_the_reason(tmp_path: Path) -> Non
     server.process.stderr.close()
 
 
+def open_none(name: str, folder: str) -> Any:
+    raise AssertionError(f"{name} is not to be opened")
+
+
+@pytest.mark.parametrize(("swaps", "status"), [(1, 200), (2, 503)])
+def test_a_request_whose_bundle_is_swapped_is_answered_by_the_next(swaps: int, status: int) -> None:
+    statuses: list[int] = []
+    left = iter(range(swaps))
+
+    async def handler(request: Request) -> Answer:
+        if next(left, None) is not None:
+            raise ClosedError("the inference process was ended")
+        return Answer(request.body)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    app = App(Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [])
+    app.routes["/embed"]["POST"] = handler
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    asyncio.run(app({"method": "POST", "path": "/embed", "headers": headers}, receive, send))
+    assert statuses == [status]
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/embed"), ("POST", "/v1/nowhere"), ("GET", "/health/ready")])
 def test_a_refusal_leaves_nothing_for_the_collector(method: str, path: str) -> None:
-    def open_none(name: str, folder: str) -> Any:
-        raise AssertionError(f"{name} is not to be opened")
-
     statuses = []
 
     async def receive() -> dict[str, Any]:
@@ -580,9 +606,6 @@ def test_a_refusal_leaves_nothing_for_the_collector(method: str, path: str) -> N
 
 
 def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
-    def open_none(name: str, folder: str) -> Any:
-        raise AssertionError(f"{name} is not to be opened")
-
     state = State()
     gate = Gate(
         Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [], state, {"/embed": ("POST",), "/health": ("GET",)}

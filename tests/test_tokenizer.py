@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3e.errors import BundleError, InferenceError, InputError
-from m3e.tokenizer import Tokenizer
+from m3e.tokenizer import Tokenizer, _chunks
 from m3e_export.tokenizer import read_tokenizer
 from tests.datasets import stsb_sentences
 
@@ -111,3 +112,13 @@ def test_a_panic_of_tokenizers_is_an_error_of_ours(tokenizer: Tokenizer, monkeyp
 def test_no_tokenizer() -> None:
     with pytest.raises(BundleError, match=r"tokenizer.json cannot be read"):
         Tokenizer(b'{"model": 3}', 10)
+
+
+def test_texts_are_tokenised_in_bounded_chunks() -> None:
+    rng = random.Random(0)
+    texts = ["天" * rng.choice((0, 1, 10, 100_000, 400_000)) for _ in range(200)] + ["a"] * 5000
+    chunks = list(_chunks(texts))
+    assert [text for chunk in chunks for text in chunk] == texts
+    for chunk in chunks:
+        assert 1 <= len(chunk) <= 2048
+        assert len(chunk) == 1 or sum(map(len, chunk)) <= 1 << 18
