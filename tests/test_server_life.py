@@ -96,6 +96,13 @@ def test_readiness_follows_the_worker_within_a_second_and_it_recovers(tiny_bundl
         assert ask(server, PLAIN[0])[1] == 200
 
 
+def test_a_call_that_hangs_is_ended_while_no_thread_is_idle(tiny_bundle: Path) -> None:
+    with running(tiny_bundle, "--threads", "1", command=FAILING) as server:
+        assert ask(server, HANGS)[1] == 500  # 504 would be the end of the request's own time
+        server.wait_until(True, 20)
+        assert ask(server, PLAIN[0])[1] == 200
+
+
 @pytest.mark.long
 def test_what_a_lost_worker_costs(
     tiny_bundle: Path, cases: Callable[[int], int], record_property: Callable[[str, str], None]
