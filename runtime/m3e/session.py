@@ -143,7 +143,7 @@ def _open(model: bytes, num_threads: int) -> Any:
     options.add_session_config_entry("session.dynamic_block_base", "4")  # a thread that was held up holds up less
     # The graph is final: higher levels would fuse it back into slower operators.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3  # errors; they are raised as well
+    options.log_severity_level = 4  # errors are raised; where memory is short, writing them too ends the process
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class

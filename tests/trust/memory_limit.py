@@ -5,8 +5,11 @@ vectors' hash, or the error; the parent looks at that and at how it ended.
 
 Some libraries end the process themselves when memory is short, and nothing in Python can hold them back. Rust's
 allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``; glibc exits where not even the few bytes
-are left that a thread needs for its own variables, and C++ aborts where onnxruntime may not throw. These outcomes are
-counted apart. numpy's OpenBLAS exits while numpy is imported, so the limit begins behind that.
+are left that a thread needs for its own variables. onnxruntime's kernels allocate on threads that catch nothing, where
+C++ aborts, and what they free after a failure was sometimes never set, which ends in an abort or a fault
+(1.32: ``free(5)``). m3e has no native code of its own. These outcomes are counted apart, and only where the child's
+last words, Python's fault handler among them, show that library at work. numpy's OpenBLAS exits while numpy is
+imported, so the limit begins behind that.
 """
 
 from __future__ import annotations
@@ -52,11 +55,12 @@ print("vectors", hashlib.sha256(vectors.tobytes()).hexdigest())
 """
 _CLEAN = ("M3EError", "StartError", "InferenceError", "BundleError", "MemoryError", "DependencyError", "ImportError",
           "OSError")  # fmt: skip
-# How a library ends the process by itself: exit status, and what it says.
+# How a library ends the process by itself: exit statuses, and what is said then.
+_RUNS = r'(?s)Fatal Python error: .*File "[^"]*/onnxruntime/capi/onnxruntime_inference_collection\.py", line \d+ in '
 _ENDS = {
-    "abort in tokenizers": (-signal.SIGABRT, r"memory allocation of \d+ bytes failed"),
-    "abort of C++": (-signal.SIGABRT, r"terminate called after throwing an instance of 'St\w*bad_alloc'"),
-    "exit of glibc": (127, "cannot allocate memory for thread-local data: ABORT"),
+    "abort in tokenizers": ({-signal.SIGABRT}, r"memory allocation of \d+ bytes failed"),
+    "end in onnxruntime": ({-signal.SIGABRT, -signal.SIGSEGV}, _RUNS + r"(run|_create_inference_session)\b"),
+    "exit of glibc": ({127}, "cannot allocate memory for thread-local data: ABORT"),
 }
 STAGES = ("import", "open", "encode")
 
@@ -67,7 +71,19 @@ def attempt(stage: str, more: int, mistake: str = "") -> tuple[str, str]:
     Returns:
         The vectors' hash, ``error``, or what else it was; and what the child said.
     """
-    command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, str(tiny_bundle()), str(more), stage, mistake]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-W",
+        "ignore",
+        "-c",
+        _PROGRAM,
+        str(tiny_bundle()),
+        str(more),
+        stage,
+        mistake,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -77,8 +93,8 @@ def attempt(stage: str, more: int, mistake: str = "") -> tuple[str, str]:
         return found[1], said
     if done.returncode == 1 and re.match(rf"error ({'|'.join(_CLEAN)}) ", done.stdout):
         return "error", said
-    for name, (status, words) in _ENDS.items():
-        if done.returncode == status and re.search(words, done.stderr):
+    for name, (statuses, words) in _ENDS.items():
+        if done.returncode in statuses and re.search(words, done.stderr):
             return name, said
     return f"exit status {done.returncode}", said
 
