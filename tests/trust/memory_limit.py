@@ -71,19 +71,8 @@ def attempt(stage: str, more: int, mistake: str = "") -> tuple[str, str]:
     Returns:
         The vectors' hash, ``error``, or what else it was; and what the child said.
     """
-    command = [
-        sys.executable,
-        "-X",
-        "faulthandler",
-        "-W",
-        "ignore",
-        "-c",
-        _PROGRAM,
-        str(tiny_bundle()),
-        str(more),
-        stage,
-        mistake,
-    ]
+    python = [sys.executable, "-Xfaulthandler", "-Wignore", "-c", _PROGRAM]
+    command = [*python, str(tiny_bundle()), str(more), stage, mistake]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
