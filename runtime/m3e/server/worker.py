@@ -115,10 +115,12 @@ class Worker:
             return self._call(self._n_channels - 1, _TOKENS, [input_ids])
 
     def check(self) -> None:
-        """Replace the process if it died while nothing ran."""
-        if not self.alive and not self._closed:
+        """Start the process again if it was lost and nothing has asked for it since."""
+        if self._up and self._process.poll() is not None:
+            self._lose(self._generation)
+        if not self._up:
             with contextlib.suppress(M3EError):
-                self._replace(self._generation)
+                self._start_again()
 
     def close(self) -> None:
         """End the process."""
@@ -130,7 +132,7 @@ class Worker:
         if self._closed:
             raise ClosedError("the inference process was ended")
         if not self._up:
-            self._replace(self._generation)
+            self._start_again()
         generation, connection = self._generation, self._channels[channel]
         lengths = [len(ids) for ids in input_ids]
         message = np.fromiter((len(lengths), *lengths, *(i for ids in input_ids for i in ids)), dtype=np.int32)
@@ -154,19 +156,21 @@ class Worker:
         return vectors.reshape(len(input_ids) if kind == _SENTENCES else lengths[0], -1)
 
     def _lose(self, generation: int) -> None:
-        """Replace the process of this generation, unless another thread has done so."""
-        with contextlib.suppress(M3EError):
-            self._replace(generation)
+        """End the process of this generation, unless another thread has.
 
-    def _replace(self, generation: int) -> None:
-        if generation == self._generation:
-            self._up = False
+        The next call starts another, or `check`: whoever hears that a text failed need not wait for that.
+        """
         with self._starting:
-            if generation != self._generation or self._closed:
+            if generation == self._generation and self._up:
+                self._up = False
+                self._kill()
+
+    def _start_again(self) -> None:
+        with self._starting:
+            if self._up or self._closed:
                 return
             if time.monotonic() - self._failed_at < _RETRY_S:
                 raise WorkerLostError("the inference process could not be started a moment ago")
-            self._kill()
             self.n_restarts += 1
             try:
                 self._start()
@@ -253,19 +257,20 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
 
 
 def _warm_up(encoder: Encoder, max_batch_tokens: int) -> float:
-    """Run the widest and the fullest batches, alone and side by side, and again; the slowest second time in seconds."""
-    slowest = 0.0
+    """Run full batches of several widths, alone and side by side; seconds of the slowest, the widest run again."""
     widest = encoder.max_seq_length
     ids = encoder.tokenize_batch(["预热"]).input_ids[0]
     most = encoder.batches_at_once
     with ThreadPoolExecutor(most) as pool:
+
+        def slowest(width: int) -> float:
+            batch = [[ids[0], *([ids[1]] * (width - 2)), ids[-1]]] * max(1, max_batch_tokens // width)
+            runs = ([batch] * at_once for at_once in sorted({1, most}))
+            return max(seconds for run in runs for seconds in pool.map(_time_batch, [encoder] * len(run), run))
+
         for width in (4, 16, 64, widest):
-            rows = max(1, max_batch_tokens // width)
-            batch = [[ids[0], *([ids[1]] * (width - 2)), ids[-1]]] * rows
-            for at_once in sorted({1, most}):
-                seconds = [list(pool.map(_time_batch, [encoder] * at_once, [batch] * at_once)) for _ in range(2)]
-                slowest = max(slowest, *seconds[1])
-    return slowest
+            slowest(width)
+        return slowest(widest)
 
 
 def _time_batch(encoder: Encoder, batch: list[list[int]]) -> float:
