@@ -283,3 +283,29 @@ def test_a_bundle_is_swapped_while_requests_run_and_a_damaged_one_is_refused(
         n_answers = sum(item.result() for item in loads)
         assert server.ready()
     record_property("C12", f"0 of {n_answers:,} answers in {n:,} swaps, {counts['refused']} of them refused")
+
+
+def test_a_worker_that_is_replaced_does_not_bring_another_bundle(
+    token_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    """A folder was given another bundle, nobody said reload, and the process died: no answer instead of a mixed one."""
+    folder = tmp_path / "served"
+    folder.symlink_to(token_bundle)
+    known = [vectors_of(bundle)[PLAIN[0]] for bundle in (token_bundle, other_bundle)]
+    with running(folder) as server:
+
+        def answer() -> Any:
+            return np.array(server.post("/v1/embeddings", {"input": PLAIN[0]}).json["data"][0]["embedding"], np.float32)
+
+        np.testing.assert_array_equal(answer(), known[0])
+        (tmp_path / "next").symlink_to(other_bundle)
+        (tmp_path / "next").replace(folder)
+        np.testing.assert_array_equal(answer(), known[0])
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        server.wait_until(False)
+        for _ in range(3):
+            reply = server.post("/v1/embeddings", {"input": PLAIN[0]})
+            assert (reply.status, reply.json["error"]["code"]) == (503, "not_ready")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_until(True)
+        np.testing.assert_array_equal(answer(), known[1])

@@ -182,6 +182,11 @@ class Manifest:
         content["manifest_sha256"] = hashlib.sha256(_canonical(content)).hexdigest()
         return _canonical(content)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of every file of the bundle."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest strictly: unknown, missing and mistyped fields are errors, and so is a changed byte.

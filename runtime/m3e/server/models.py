@@ -73,6 +73,7 @@ class Model:
             device=settings.device,
             threads=threads,
             max_batch_tokens=settings.max_batch_tokens,
+            digest=self.manifest.digest,
             command=worker_command,
         )
         self.graph = choose_graph(bundle, self.worker.precision, self.worker.device)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import orjson
 
-from m3e.errors import ClosedError, DeadlineError, InputError, M3EError, OverloadedError
+from m3e.errors import ClosedError, DeadlineError, InputError, M3EError, OverloadedError, StartError
 
 Dialect = Literal["openai", "tei"]
 
@@ -108,6 +108,9 @@ def problem_of(error: M3EError) -> Problem:
     if isinstance(error, ClosedError):
         return Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy",
                        headers=(*retry_after(1.0), (b"connection", b"close")))  # fmt: skip
+    if isinstance(error, StartError):
+        return Problem("not_ready", "The model cannot be run now; the server's log says why.", tei_message="unhealthy",
+                       headers=retry_after(1.0))  # fmt: skip
     if isinstance(error, InputError):
         return Problem("invalid_value", str(error), param="input")
     return Problem(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
-import numpy as np
 import orjson
 
 from m3e import __version__
@@ -80,12 +80,12 @@ class TEIRoutes:
         special = parse_field(content, "add_special_tokens", bool, True)
         prompt = _prompt(content, model)
         texts = [prompt + text for text in inputs.texts]
-        encodings = await asyncio.to_thread(model.tokenizer.encode_with_offsets, texts, special)
-        rows = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            bytes_before = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])]).tolist()
-            rows.append([_token(*token, text=text, bytes_before=bytes_before) for token in encoding])
-        return Answer(orjson.dumps(rows))
+
+        def tokens() -> bytes:
+            found = zip(texts, model.tokenizer.encode_with_offsets(texts, special), strict=True)
+            return orjson.dumps([_tokens(text, encoding) for text, encoding in found])
+
+        return Answer(await asyncio.to_thread(tokens))
 
     async def decode(self, request: Request) -> Answer:
         """POST /decode: ids back to texts."""
@@ -218,15 +218,18 @@ def _counts(tokens: TokenIds) -> tuple[tuple[bytes, bytes], ...]:
     return ((b"x-input-tokens", ",".join(parts).encode()),)
 
 
-def _token(
-    token_id: int, word: str, special: bool, start: int, stop: int, *, text: str, bytes_before: list[int]
-) -> dict[str, Any]:
-    if special:
-        return {"id": token_id, "text": word, "special": True, "start": None, "stop": None}
-    return {
-        "id": token_id,
-        "text": text[start:stop],
-        "special": False,
-        "start": bytes_before[start],
-        "stop": bytes_before[stop],
-    }
+def _tokens(text: str, encoding: list[tuple[int, str, bool, int, int]]) -> list[dict[str, Any]]:
+    """TEI counts a token's place in bytes."""
+    bytes_before = [0, *itertools.accumulate(len(character.encode()) for character in text)]
+    return [
+        {"id": token_id, "text": word, "special": True, "start": None, "stop": None}
+        if special
+        else {
+            "id": token_id,
+            "text": text[start:stop],
+            "special": False,
+            "start": bytes_before[start],
+            "stop": bytes_before[stop],
+        }
+        for token_id, word, special, start, stop in encoding
+    ]

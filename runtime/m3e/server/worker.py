@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ from m3e.encoder import Encoder
 from m3e.errors import ClosedError, InferenceError, M3EError, StartError, WorkerLostError
 
 Float32Array = npt.NDArray[np.float32]
+
+log = logging.getLogger("m3e.server")
 
 # A call may take this much longer than the slowest batch of the warm-up; never less than the floor, because a busy
 # machine stops any process for a while.
@@ -56,6 +59,7 @@ class Worker:
         device: As for `Encoder`.
         threads: For inference on the CPU.
         max_batch_tokens: Size of the largest batch; 0 for what the device is fastest with.
+        digest: Of the bundle's manifest. The folder may hold another bundle by the time that a process is replaced.
         command: Program that runs `main`; tests give one whose encoder fails.
 
     Attributes:
@@ -75,9 +79,11 @@ class Worker:
         device: str,
         threads: int,
         max_batch_tokens: int,
+        digest: str,
         command: Sequence[str] = DEFAULT_COMMAND,
     ) -> None:
-        self._command = [*command, folder, precision, device, str(threads), str(max_batch_tokens)]
+        self._command = [*command, folder, precision]
+        self._folder, self._digest, self._threads = folder, digest, threads
         # One socket for each batch in flight, of which a card has two, and one for token vectors.
         self._n_channels = max(threads, 2) + 1
         self._starting = threading.Lock()
@@ -87,8 +93,9 @@ class Worker:
         self._closed = False
         self._failed_at = 0.0
         self.n_restarts = 0
+        self._wanted_device = device
         self.precision = self.device = ""
-        self.max_batch_tokens = self._batches_at_once = 0
+        self.max_batch_tokens, self._batches_at_once = max_batch_tokens, 0
         self.patience_s = self.doubt_s = _START_TIMEOUT_S
         self._since = [0.0] * self._n_channels
         self._process: subprocess.Popen[bytes]
@@ -170,12 +177,13 @@ class Worker:
             if self._up or self._closed:
                 return
             if time.monotonic() - self._failed_at < _RETRY_S:
-                raise WorkerLostError("the inference process could not be started a moment ago")
+                raise StartError("the inference process could not be started a moment ago")
             self.n_restarts += 1
             try:
                 self._start()
-            except M3EError:
+            except M3EError as error:
                 self._failed_at = time.monotonic()
+                log.error("the inference process could not be replaced: %s", error)
                 raise
 
     def _kill(self) -> None:
@@ -187,7 +195,9 @@ class Worker:
     def _start(self) -> None:
         pairs = [socket.socketpair() for _ in range(self._n_channels)]
         theirs = [pair[1].fileno() for pair in pairs]
-        self._process = subprocess.Popen([*self._command, *map(str, theirs)], pass_fds=theirs, stdin=subprocess.DEVNULL)
+        numbers = (self._threads, self.max_batch_tokens, *theirs)
+        command = [*self._command, self._wanted_device, *map(str, numbers)]
+        self._process = subprocess.Popen(command, pass_fds=theirs, stdin=subprocess.DEVNULL)
         self._channels = []
         for ours, other in pairs:
             other.close()
@@ -201,7 +211,12 @@ class Worker:
         if "error" in hello:
             self._process.wait()
             raise StartError(str(hello["error"]))
+        if hello["digest"] != self._digest:
+            self._process.kill()
+            raise StartError(f"{self._folder!r} holds another bundle than the one served; reload it with SIGHUP")
         self.precision, self.device = hello["precision"], hello["device"]
+        if self._wanted_device == "auto":
+            self._wanted_device = self.device  # its successors run there too, or not at all
         self.max_batch_tokens, self._batches_at_once = hello["max_batch_tokens"], hello["batches_at_once"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
@@ -240,6 +255,7 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
         )
         max_batch_tokens = parsed.max_batch_tokens or encoder.max_batch_tokens
         hello = {
+            "digest": encoder.manifest.digest,
             "precision": encoder.precision,
             "device": encoder.device,
             "max_batch_tokens": max_batch_tokens,
