@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +128,15 @@ def overhead(bundle: str, rounds: int = 3) -> dict[str, Any]:
 def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 7) -> dict[str, Any]:
     """Sentences/s of 64 connections with a text a request, and of `encode` on the same texts, in turns.
 
-    Turns are short and as long as each other, and each of the service is held against the library's before and after
-    it: processors that others share change their speed within seconds.
+    Both ways of asking: /v1/embeddings in base64, as OpenAI's clients do, and /embed, whose floats are JSON. Turns are
+    short and as long as each other, and each of the service is held against the library's before and after it:
+    processors that others share change their speed within seconds.
     """
-    library, served, errors = [], [], 0
+    paths = {"openai": "/v1/embeddings", "embed": "/embed"}
+    library: list[float] = []
+    served: dict[str, list[float]] = {name: [] for name in paths}
+    ratios: dict[str, list[float]] = {name: [] for name in paths}
+    errors = 0
     encoder = Encoder(bundle)
 
     def embed() -> float:
@@ -142,21 +146,27 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
             n += len(texts)
         return n / passed
 
-    with running(bundle, "--max-queue-ms", "0") as server:
+    with running(f"served={bundle}", "--max-queue-ms", "0") as server:
         wrk(server.port, texts, seconds=2, connections=_CONNECTIONS)
         library.append(embed())
         for _ in range(rounds):
-            result = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS)
-            served.append(result["per_s"])
-            errors += result["errors"]
-            library.append(embed())
-    ratios = [rate / statistics.mean(around) for rate, around in zip(served, pairwise(library), strict=True)]
+            for name, path in paths.items():
+                result = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS, path=path)
+                library.append(embed())
+                served[name].append(result["per_s"])
+                ratios[name].append(result["per_s"] / statistics.mean(library[-2:]))
+                errors += result["errors"]
     return {
         "library_per_s": statistics.median(library),
-        "http_per_s": statistics.median(served),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
         "errors": errors,
+        **{
+            name: {
+                "http_per_s": statistics.median(served[name]),
+                "ratio": statistics.median(ratios[name]),
+                "ratios": ratios[name],
+            }
+            for name in paths
+        },
     }
 
 

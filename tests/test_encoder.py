@@ -274,3 +274,18 @@ def test_values_that_are_not_finite_never_leave(tiny_encoder: Encoder, monkeypat
 def test_a_call_of_a_few_texts_is_split_over_the_threads(tiny_bundle: Path, num_threads: int, sizes: list[int]) -> None:
     session = Encoder(tiny_bundle, num_threads=num_threads)._running.session_here()
     assert [len(rows) for rows in session.plan(np.full(32, 32))] == sizes
+
+
+def test_a_graph_that_cannot_be_opened_prints_nothing(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Onnxruntime's own fall-back writes to stdout, where a program's answers go."""
+    import onnxruntime
+
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("pthread_create failed")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", no_memory)
+    with pytest.raises(StartError, match="cannot open the graph: pthread_create failed"):
+        Encoder(tiny_bundle)
+    assert capfd.readouterr() == ("", "")

@@ -62,8 +62,11 @@ def serving_table(records: dict[str, dict[str, Any]]) -> str:
         "|---|" + "---|" * len(records),
         row("one short text, p50", "overhead", lambda part: (
             f"{part['http_p50_ms']:.1f} ms, {part['overhead_p50_ms']:.2f} ms more than in the library")),
-        row("64 connections, a text each", "saturation", lambda part: (
-            f"{number(part['http_per_s'])} sentences/s, {part['ratio']:.2f} of the library's `encode`")),
+        row("64 connections, a text each, as OpenAI's clients ask", "saturation", lambda part: (
+            f"{number(part['openai']['http_per_s'])} sentences/s, {part['openai']['ratio']:.2f} of the library's "
+            "`encode`")),
+        row("the same at `/embed`, floats in JSON", "saturation", lambda part: (
+            f"{number(part['embed']['http_per_s'])} sentences/s, {part['embed']['ratio']:.2f}")),
         row("the same beside infinity on optimum", "infinity", lambda part: (
             f"{part['throughput_ratio']:.1f} times as many; p99 at half load {part['m3e_p99_at_half_ms']:.0f} ms "
             f"against {part['infinity_p99_at_half_ms']:.0f} ms")),

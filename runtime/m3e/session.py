@@ -145,12 +145,11 @@ def _open(model: bytes, num_threads: int) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4  # errors are raised; where memory is short, writing them too ends the process
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Without its own fall-back, which would print to stdout and open the graph once more.
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise StartError(f"onnxruntime {onnxruntime.__version__} cannot open the graph: {error}") from error
-    # Without a fallback provider the file's bytes need not stay; onnxruntime keeps them for that alone.
-    session.disable_fallback()
-    session._model_bytes = None
+    session._model_bytes = None  # kept for the fall-back alone
     return session
 
 
