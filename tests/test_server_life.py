@@ -23,6 +23,9 @@ import pytest
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.server_process import FAILING, Server, running, start, stop
 from m3e import Encoder
+from m3e.bundle import Bundle
+from m3e.errors import ClosedError
+from m3e.server.worker import Worker
 from m3e_export.pipeline import convert
 from tests import wire
 from tests.asking import PLAIN, ask, wait_for
@@ -130,6 +133,29 @@ def test_what_a_lost_worker_costs(
     assert not_ready_s <= 1
     assert answered_s <= 2
     assert ready_s <= 5
+
+
+def test_a_worker_closed_while_it_is_replaced_leaves_no_process(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(
+        str(tiny_bundle), precision="auto", device="cpu", threads=1, max_batch_tokens=0,
+        digest=Bundle(tiny_bundle).manifest.digest,
+    )  # fmt: skip
+    start_process = worker._start
+
+    def closed_first() -> None:
+        worker.close()
+        start_process()
+
+    monkeypatch.setattr(worker, "_start", closed_first)
+    worker._process.kill()
+    worker._process.wait()
+    worker.check()
+    assert worker.n_restarts == 1
+    assert worker._process.poll() is not None
+    with pytest.raises(ClosedError):
+        worker.embed_tokens([1])
 
 
 # The end

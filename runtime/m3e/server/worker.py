@@ -185,6 +185,8 @@ class Worker:
                 self._failed_at = time.monotonic()
                 log.error("the inference process could not be replaced: %s", error)
                 raise
+            if self._closed:  # meanwhile; whoever closed it saw only the process before
+                self.close()
 
     def _kill(self) -> None:
         self._process.kill()
