@@ -144,7 +144,7 @@ def test_the_services_table_leaves_out_what_was_not_measured() -> None:
     part = {"http_p50_ms": 2.04, "overhead_p50_ms": 0.954}
     lines = readme.serving_table({"small": {"overhead": part}, "base": {}}).splitlines()
     assert lines[2] == "| one short text, p50 | 2.0 ms, 0.95 ms more than in the library | – |"
-    assert lines[3] == "| 64 connections, a text each | – | – |"
+    assert lines[3] == "| 64 connections, a text each, as OpenAI's clients ask | – | – |"
 
 
 @pytest.mark.checkout
