@@ -427,3 +427,8 @@ def test_the_loop_stays_free_while_long_texts_are_tokenised(tiny_encoder: Encode
             return n_turns
 
     assert asyncio.run(main()) >= 10
+
+
+def test_another_priority_is_refused(tiny_encoder: Encoder) -> None:
+    with Batcher(tiny_encoder) as batcher, pytest.raises(InputError, match="priority is 'high', expected one of"):
+        batcher.encode("a", priority="high")  # type: ignore[arg-type]

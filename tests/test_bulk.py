@@ -424,6 +424,8 @@ def test_standard_input(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path
         (["in.jsonl", "-o", "full"], "'full' holds files of something else"),
         (["in.jsonl", "-o", "x.npy", "--keep", "id"], "an .npy file holds vectors alone"),
         (["in.jsonl", "-o", "out", "--keep", "id", "id:int"], "two columns named 'id'"),
+        (["in.jsonl", "-o", "out", "--keep", "id:integer"], "'integer' in --keep 'id:integer' is no type"),
+        (["in.jsonl", "-o", "out.csv"], "'out.csv' would be a folder; files end in .parquet, .npy or .jsonl"),
         (["in.jsonl", "-o", "there.npy"], "'there.npy' exists and is not this job's output"),
         (["in.jsonl", "-o", "out", "--rows-per-part", "0"], "rows_per_part is 0"),
         (["in.jsonl", "-o", "out", "--truncate-dim", "99"], "truncate_dim is 99"),

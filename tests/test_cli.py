@@ -200,8 +200,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         (["verify", "missing"], 1, "no bundle at 'missing'"),
         (["encode", "missing", "a"], 1, "no bundle at 'missing'"),
         (["encode", "{checkpoint}", "a"], 1, "convert it"),
-        (["encode", "{bundle}", "-i", "missing"], 1, "No such file or directory: missing"),
-        (["encode", "{bundle}", "a", "-o", "missing/out"], 1, "No such file or directory: missing/out"),
+        (["encode", "{bundle}", "-i", "missing"], 2, "No such file or directory: missing"),
+        (["encode", "{bundle}", "a", "-o", "missing/out"], 2, "No such file or directory: missing/out"),
         (["encode", "{bundle}", "a", "--graph-precision", "int3"], 1, "no int3 graph for cpu"),
         (["encode", "{bundle}", "a", "--truncate-dim", "65"], 2, "truncate_dim is 65, expected 1 to 64"),
         (["encode", "{bundle}", "a", "--threads", "0"], 2, "num_threads is 0"),
@@ -280,3 +280,28 @@ def test_an_interrupt(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("m3e.cli.encode.Encoder", interrupted)
     assert main(["encode", str(tiny_bundle), "a"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_encode_that_fails_leaves_its_files_as_they_were(tiny_bundle: Path, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "out.jsonl"
+    texts.write_text("a\nb\n", encoding="utf-8")
+    out.write_text("kept", encoding="utf-8")
+    bundle = str(tiny_bundle)
+    assert main(["encode", bundle, "-i", str(texts), "-o", str(texts)]) == 2
+    assert main(["encode", bundle, "-i", str(tmp_path / "none"), "-o", str(out)]) == 2
+    assert main(["encode", bundle, "a", "--prompt-name", "none", "-o", str(out)]) == 2
+    assert main(["encode", bundle, "a", "-i", str(texts), "-o", str(out)]) == 2
+    assert (texts.read_text(encoding="utf-8"), out.read_text(encoding="utf-8")) == ("a\nb\n", "kept")
+    assert main(["encode", bundle, "-i", str(texts), "-o", str(out)]) == 0
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_plugin_without_its_packages_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = metadata.EntryPoint("bench", "no_such_package:main", "m3e.commands")
+    monkeypatch.setattr("m3e.cli.main.metadata", SimpleNamespace(entry_points=lambda group: [entry]))
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err == (
+        "error: m3e bench needs a package that is not installed: No module named 'no_such_package'\n"
+    )

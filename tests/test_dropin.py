@@ -16,6 +16,7 @@ import torch
 
 from m3e import Encoder, InputError
 from m3e.sentence_transformers import SentenceTransformer
+from tests.trust import models
 
 # moka-ai/m3e-base, README.md, section "How to use".
 M3E_README = """
@@ -215,6 +216,7 @@ def test_settings(ours: SentenceTransformer, minilm_encoder: Encoder) -> None:
     [
         ({"modules": [1]}, "modules cannot be used here"),
         ({"revision": "main"}, "revision cannot be used here"),
+        ({"model_kwargs": {"provider": "x"}}, r"model_kwargs\['provider'\] cannot be used here"),
         ({"backend": "tpu"}, "backend is 'tpu'"),
         ({"default_prompt_name": "query"}, "no prompt named 'query'"),
         ({"device": "tpu"}, "device is 'tpu'"),
@@ -223,6 +225,13 @@ def test_settings(ours: SentenceTransformer, minilm_encoder: Encoder) -> None:
 def test_what_it_cannot_do_is_an_error(minilm_encoder: Encoder, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SentenceTransformer(str(minilm_encoder._folder), **arguments)
+
+
+def test_a_graph_is_chosen_by_its_file_as_sentence_transformers_does() -> None:
+    bundle = str(models.tiny_bundle())
+    exact, fastest = SentenceTransformer(bundle, model_kwargs={"file_name": "model.onnx"}), SentenceTransformer(bundle)
+    assert (exact.encoder.precision, fastest.encoder.precision) == ("fp32", "int8")
+    np.testing.assert_array_equal(exact.encode("a"), Encoder(bundle, precision="fp32").encode("a"))
 
 
 def test_calls_that_cannot_be(ours: SentenceTransformer) -> None:

@@ -289,3 +289,16 @@ def test_a_graph_that_cannot_be_opened_prints_nothing(
     with pytest.raises(StartError, match="cannot open the graph: pthread_create failed"):
         Encoder(tiny_bundle)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_where_a_list_belongs_is_refused(tiny_encoder: Encoder) -> None:
+    """Otherwise its characters would be the texts."""
+    for call in (
+        tiny_encoder.count_tokens,
+        tiny_encoder.tokenize_batch,
+        lambda text: list(tiny_encoder.encode_iter(text)),
+    ):
+        with pytest.raises(InputError, match="sentences is a str"):
+            call("天气")
+    with pytest.raises(InputError, match=r"max_seq_length is 10\.5"):
+        tiny_encoder.max_seq_length = 10.5  # type: ignore[assignment]

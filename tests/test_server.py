@@ -497,6 +497,26 @@ def test_in_the_place_of_the_m3e_large_api_script(tiny_bundle: Path) -> None:
         assert "authorization" in preflight.headers["access-control-allow-headers"]
 
 
+def test_the_public_key_is_not_valid_beside_others(tiny_bundle: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alpha\n")
+    with running(tiny_bundle, "--compat", "m3e-large-api", "--api-key-file", keys) as server:
+        statuses = [
+            server.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status
+            for key in (DEFAULT_KEY, "alpha")
+        ]
+        assert statuses == [401, 200]
+
+
+def test_a_variable_that_kubernetes_sets_is_no_port(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every pod beside a Service named m3e."""
+    monkeypatch.setenv("M3E_PORT", "tcp://10.96.0.12:80")
+    assert main(["serve", str(tiny_bundle), "--host", "256.0.0.1"]) == 2
+    assert "cannot listen on 256.0.0.1:8080" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("width", [1, 2, 30, 64, 512, 1024, 1536, 2000])
 def test_the_expansion_is_scikit_learns(width: int) -> None:
     from sklearn.preprocessing import PolynomialFeatures

@@ -23,6 +23,8 @@ SIDE_NAME = "similarity.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 _REPAIR = "convert the checkpoint again, or copy the bundle again"
 
+_PRECISIONS = ("fp32", "int8", "fp16")
+
 
 class Bundle:
     """A folder written by the exporter, with its manifest read and its file names and sizes checked.
@@ -67,10 +69,13 @@ class Bundle:
         graphs = [graph for graph in graphs if graph.precision == precision]
         if not graphs:
             available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
-            raise BundleError(
-                f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; "
-                f"convert again with '--precision {precision} --target {target}'"
-            )
+            if precision not in _PRECISIONS:
+                hint = f"precisions are {', '.join(_PRECISIONS)}"
+            elif precision == "fp16" and target == "cpu":
+                hint = "fp16 is for device='cuda' and 'tensorrt'"
+            else:
+                hint = f"convert again with '--precision {precision} --target {target}'"
+            raise BundleError(f"{str(self.folder)!r} has no {precision} graph for {target}, only {available}; {hint}")
         fitting = [graph for graph in graphs if features is None or features.issuperset(graph.cpu_features)]
         if not fitting:
             needed = " or ".join(" and ".join(graph.cpu_features) for graph in graphs)

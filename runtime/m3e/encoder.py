@@ -192,6 +192,8 @@ class Encoder:
         """
         if window < 1:
             raise InputError(f"window is {window}, expected at least 1")
+        if isinstance(sentences, str):
+            raise InputError("sentences is a str, whose characters would be the texts; put it into a list")
         stream = iter(sentences)
         while texts := list(itertools.islice(stream, window)):
             yield from self.encode(texts, **arguments)
@@ -315,7 +317,7 @@ class Encoder:
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         limit = self.manifest.model.max_seq_length
-        if not 3 <= value <= limit:
+        if not (isinstance(value, int) and 3 <= value <= limit):
             raise InputError(f"max_seq_length is {value}, expected 3 to {limit}")
         self._tokenizer.max_seq_length = value
 

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,10 @@ class Scheduler:
         Raises:
             OverloadedError: The queue is full.
             ClosedError: `close` was called.
+            InputError: Another priority.
         """
+        if priority not in get_args(Priority):
+            raise InputError(f"priority is {priority!r}, expected one of {', '.join(get_args(Priority))}")
         now = time.monotonic()
         deadline = now + timeout_s if timeout_s is not None else float("inf")
         job = Job(input_ids, self._dim, priority=priority, deadline=deadline, on_done=on_done, now=now)

@@ -1,8 +1,8 @@
 """Swap the import and keep the program: ``from m3e.sentence_transformers import SentenceTransformer``.
 
-The class has sentence-transformers' methods, arguments and defaults, and gives the types that its programs expect:
-arrays, or torch tensors where they ask for tensors. torch is imported only then. What an ONNX bundle cannot do
-(training, other modules, token embeddings) is an error that says so.
+The class has sentence-transformers' methods for inference, with their arguments and defaults, and gives the types that
+its programs expect: arrays, or torch tensors where they ask for tensors. torch is imported only then. An ONNX bundle is
+not trained, and has no modules or token embeddings to give.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class SentenceTransformer:
         truncate_dim: Keep the first dimensions of every vector.
         backend: Any of sentence-transformers'; the bundle decides what runs.
         revision: None. Which weights they are was decided when the bundle was made.
+        model_kwargs: ``{"file_name": "model.onnx"}`` takes the FP32 graph; without it, the fastest.
         **arguments: Those that only matter for a download are accepted and ignored.
 
     Raises:
@@ -51,16 +52,21 @@ class SentenceTransformer:
         truncate_dim: int | None = None,
         backend: str = "onnx",
         revision: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         unknown = sorted(name for name in arguments.keys() - _IGNORED if arguments[name] is not None)
         if revision is not None:
             unknown.append("revision")
+        model_kwargs = dict(model_kwargs or {})
+        file_name = model_kwargs.pop("file_name", None)
+        unknown += [f"model_kwargs[{name!r}]" for name in model_kwargs]
         if unknown:
             raise InputError(f"a bundle is already converted, so {', '.join(unknown)} cannot be used here")
         if backend not in ("torch", "onnx", "openvino"):
             raise InputError(f"backend is {backend!r}, expected torch, onnx or openvino")
-        self.encoder = Encoder(model_name_or_path, device=device or "cpu")
+        graph = "auto" if file_name is None else file_name if "/" in file_name else f"onnx/{file_name}"
+        self.encoder = Encoder(model_name_or_path, device=str(device or "cpu"), precision=graph)
         self.prompts = dict(self.encoder.prompts if prompts is None else prompts)
         model = self.encoder.manifest.model
         self.default_prompt_name = model.default_prompt_name if default_prompt_name is None else default_prompt_name

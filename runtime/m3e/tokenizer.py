@@ -165,6 +165,8 @@ def check_texts(sentences: Any) -> list[str]:
     Raises:
         InputError: Another type; for an item of the wrong type the message gives its index.
     """
+    if isinstance(sentences, str):
+        raise InputError("sentences is a str, expected a list of str; put the text into a list")
     if isinstance(sentences, np.ndarray):
         sentences = sentences.tolist()
     if not isinstance(sentences, Sequence) or isinstance(sentences, (bytes, bytearray)):

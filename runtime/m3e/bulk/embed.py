@@ -37,6 +37,8 @@ from m3e.progress import progress_bar
 # At 2,000 rows a second a kill costs half a minute, and a billion rows are 15,000 files.
 ROWS_PER_PART = 65536
 _REJECTED_NAME = "_rejected.jsonl"
+# Endings of files that are not written here; a folder of Parquet parts would be no help to who asks for one.
+_NOT_WRITTEN = frozenset({".csv", ".tsv", ".txt", ".json", ".gz", ".zst", ".arrow", ".feather", ".h5", ".xlsx"})
 # The files of a complete folder, and what follows the output's name when a single file was asked for. The vectors
 # come last: when they are there, everything is.
 _SINGLE = {_REJECTED_NAME: ".rejected.jsonl", ROWS_NAME: ".rows.npy", STATE_NAME: ".m3e.json"} | dict.fromkeys(
@@ -87,6 +89,8 @@ def embed(
         raise InputError(f"rows_per_part is {rows_per_part}, expected at least 1")
     if output.suffix == ".npy" and fields.kept:
         raise InputError("an .npy file holds vectors alone; keep no fields, or write Parquet or JSON lines")
+    if output.suffix in _NOT_WRITTEN and not output.is_dir():
+        raise InputError(f"{output.name!r} would be a folder; files end in .parquet, .npy or .jsonl")
     job = {"input": source.identity, "text_field": fields.text, "columns": fields.kept, "rows_per_part": rows_per_part,
            "vectors": vectors.describe(), "engine": "local"}  # fmt: skip
     wanted = State(space=vectors.space, job=json.loads(json.dumps(job)))

@@ -53,7 +53,13 @@ class Fields:
         self.text = text
         self.kept: dict[str, str] = {}
         for item in keep:
-            name, _, kind = item.rpartition(":") if item.rpartition(":")[2] in KEEP_TYPES else (item, "", "string")
+            name, colon, kind = item.rpartition(":")
+            name, kind = (name, kind) if colon else (item, "string")
+            if kind not in KEEP_TYPES:
+                raise InputError(
+                    f"{kind!r} in --keep {item!r} is no type, expected one of {', '.join(KEEP_TYPES)}; "
+                    f"for a name with a colon add one: {item}:string"
+                )
             if name in self.kept or name in OUTPUT_COLUMNS:
                 raise InputError(f"the output would have two columns named {name!r}; leave it out of --keep")
             self.kept[name] = kind

@@ -43,7 +43,8 @@ def _run(parsed: argparse.Namespace) -> None:
         np.array(scores), labels, precision=parsed.precision, space_id=manifest.space_id,
         similarity_fn_name=manifest.model.similarity_fn_name,
     )  # fmt: skip
-    temporary = Path(parsed.bundle).with_name(f".{Path(parsed.bundle).resolve().name}.{SIDE_NAME}.tmp")
+    folder = Path(parsed.bundle).resolve()
+    temporary = folder.with_name(f".{folder.name}.{SIDE_NAME}.tmp")
     temporary.write_bytes(calibration.to_bytes())
     temporary.replace(Path(parsed.bundle) / SIDE_NAME)
     sys.stdout.write(

@@ -52,6 +52,10 @@ def _run(parsed: argparse.Namespace) -> None:
     format_ = parsed.format or ("npy" if parsed.output.endswith(".npy") else "jsonl")
     if format_ == "npy" and parsed.output == "-" and sys.stdout.isatty():
         raise InputError("npy is binary and standard output is a terminal; give -o FILE or pipe it")
+    if parsed.text and parsed.input != "-":
+        raise InputError(f"texts were given both as arguments and in {parsed.input!r}; give one of them")
+    if "-" not in (parsed.input, parsed.output) and _same(parsed.input, parsed.output):
+        raise InputError(f"{parsed.output!r} is the input as well; give -o another name")
     encoder = Encoder(
         parsed.bundle,
         precision=parsed.graph_precision,
@@ -77,12 +81,18 @@ def _run(parsed: argparse.Namespace) -> None:
             writer: Any = types.SimpleNamespace(write=binary.write)
             np.save(writer, embeddings)
         else:
-            text_out: TextIO = (
-                sys.stdout
-                if parsed.output == "-"
-                else files.enter_context(Path(parsed.output).open("w", encoding="utf-8"))
-            )
-            _write_jsonl(encoder, iter(source), arguments, text_out)
+            out: TextIO | None = sys.stdout if parsed.output == "-" else None
+            for rows in _jsonl(encoder, iter(source), arguments):
+                # Not before there is something to write: an error leaves the file as it was.
+                out = out or files.enter_context(Path(parsed.output).open("w", encoding="utf-8"))
+                out.writelines(rows)
+                out.flush()
+            if out is None:  # no texts, no rows
+                Path(parsed.output).write_bytes(b"")
+
+
+def _same(a: str, b: str) -> bool:
+    return Path(a).exists() and Path(b).exists() and Path(a).samefile(b)
 
 
 def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
@@ -99,16 +109,17 @@ def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
             ) from error
 
 
-def _write_jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any], out: TextIO) -> None:
-    """Write an object a text, in windows, so that a pipe of any length needs no memory of its length."""
+def _jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any]) -> Iterator[list[str]]:
+    """Give an object a text, as lines, window by window, so that a pipe of any length needs no memory of its length."""
     while window := list(itertools.islice(texts, _WINDOW)):
         counts = encoder.count_tokens(window, exact=False)
-        for text, count, embedding in zip(window, counts, encoder.encode(window, **arguments), strict=True):
-            row = {
+        rows = (
+            {
                 "text": text,
                 "tokens": min(int(count), encoder.max_seq_length),
                 "truncated": bool(count > encoder.max_seq_length),
                 "embedding": embedding.tolist(),
             }
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        out.flush()
+            for text, count, embedding in zip(window, counts, encoder.encode(window, **arguments), strict=True)
+        )
+        yield [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -29,7 +29,7 @@ def run_guarded(parsed: argparse.Namespace) -> int:
         if not isinstance(error, BrokenPipeError):  # the reader has gone (`| head`): nobody to tell
             print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         _flush_or_drop()
-        return 1
+        return 2 if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)) else 1
     except KeyboardInterrupt:
         return 130
     return 0

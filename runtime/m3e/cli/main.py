@@ -34,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Commands of other packages: this one knows their names and nothing more.
     plugins = {entry.name: entry for entry in metadata.entry_points(group="m3e.commands")}
     if name in plugins:
-        code: int = plugins[name].load()(given[1:], prog=f"m3e {name}")
+        try:
+            command = plugins[name].load()
+        except ImportError as error:
+            print(f"error: m3e {name} needs a package that is not installed: {error}", file=sys.stderr)
+            return 1
+        code: int = command(given[1:], prog=f"m3e {name}")
         return code
     summaries = {known: module.__doc__.partition("\n")[0] for known, module in _BUILT_IN.items()}
     summaries |= {known: f"See m3e {known} --help." for known in sorted(plugins)}

@@ -55,13 +55,19 @@ def _run(parsed: argparse.Namespace) -> None:
         given, variable = getattr(parsed, field.name), "M3E_" + field.name.upper()
         if given is None:
             given = os.environ.get(variable)
+            # Kubernetes sets M3E_PORT to tcp://ADDRESS:PORT where there is a Service named m3e.
+            if variable == "M3E_PORT" and (given or "").startswith("tcp://"):
+                given = None
         if given is not None:
             values[field.name] = _value(field, given, variable)
     keys: list[str] = []
     if values.get("compat") == "m3e-large-api":
         values.setdefault("port", PORT)
-        keys = [next((os.environ[name] for name in _COMPAT_KEY_VARIABLES if os.environ.get(name)), DEFAULT_KEY)]
+        keys = [os.environ[name] for name in _COMPAT_KEY_VARIABLES if os.environ.get(name)][:1]
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    if values.get("compat") == "m3e-large-api" and not keys and not values.get("api_key_file"):
+        keys = [DEFAULT_KEY]
+        logging.getLogger("m3e.server").warning("the key is that of m3e-large-api, which everybody knows; set SK_KEY")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     serve(Settings(bundles=tuple(parsed.bundles), **values), keys)
 

@@ -171,7 +171,9 @@ def _listen(settings: Settings) -> socket.socket:
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise InputError(f"cannot listen on {settings.host}:{settings.port}: {error}; choose another --port") from error
+        raise InputError(
+            f"cannot listen on {settings.host}:{settings.port}: {error}; choose another --host or --port"
+        ) from error
     return listener
 
 
