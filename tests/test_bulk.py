@@ -450,3 +450,25 @@ def test_what_is_refused(
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert message in said.err
+
+
+def test_a_number_beyond_all_bounds_is_a_rejected_record(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 1e999}\n', encoding="utf-8")
+    run(tmp_path / "in.jsonl", tmp_path / "out", tiny_encoder, keep=("id:int",))
+    assert "field 'id' is inf, expected int" in (tmp_path / "out" / "_rejected.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_prompt_is_given_as_the_library_takes_it(tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined to the text, it would be pooled by models that leave prompts out."""
+    given: list[Any] = []
+    encode = Encoder.encode
+
+    def listen(self: Encoder, texts: Any, **named: Any) -> Any:
+        given.append((texts, named["prompt"]))
+        return encode(self, texts, **named)
+
+    monkeypatch.setattr(Encoder, "encode", listen)
+    source = VectorSource(tiny_encoder, VectorOptions())
+    source._prompt = "问："
+    source.embed(["a"])
+    assert given[-1] == (["a"], "问：")

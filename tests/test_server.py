@@ -636,3 +636,34 @@ def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
         gate.check("POST", "/embed", "/embed", [])
     assert refused.value.code == "shutting_down"
     assert gate.check("HEAD", "/health", "/health", []) == "GET"
+
+
+def test_java_asks_for_http_2_and_gets_its_vectors(tiny_bundle: Path) -> None:
+    """The JDK's HttpClient offers h2c on every first request; the parser would drop the body."""
+    body = b'{"inputs": "a\\r\\nUpgrade: b"}'
+    with running(tiny_bundle) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        for _ in range(2):
+            connection.sendall(
+                b"POST /embed HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\n"
+                b"Upgrade: h2c\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
+    with running(tiny_bundle, "--header-timeout-s", "0.5") as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(b"\r\n")
+            assert b" 408 " in connection.recv(1 << 16)
+        message = (
+            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
+            b'{"inputs": "a"}'
+        )
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            for _ in range(2):
+                connection.sendall(message)
+                assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"\r\n")
+            while connection.recv(1 << 16):  # the refusal, then the end
+                pass

@@ -24,7 +24,7 @@ from benchmarks.checkpoints import write_checkpoint
 from benchmarks.server_process import FAILING, Server, running, start, stop
 from m3e import Encoder
 from m3e.bundle import Bundle
-from m3e.errors import ClosedError
+from m3e.errors import ClosedError, StartError
 from m3e.server.worker import Worker
 from m3e_export.pipeline import convert
 from tests import wire
@@ -156,6 +156,36 @@ def test_a_worker_closed_while_it_is_replaced_leaves_no_process(
     assert worker._process.poll() is not None
     with pytest.raises(ClosedError):
         worker.embed_tokens([1])
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(
+        str(tiny_bundle), precision="auto", device="cpu", threads=1, max_batch_tokens=0,
+        digest=Bundle(tiny_bundle).manifest.digest,
+    )  # fmt: skip
+    embed = worker.embedders()[0]
+    expected = embed([[2, 3]])
+
+    def no_descriptors() -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "_spawn", no_descriptors)
+        worker._process.kill()
+        worker._process.wait()
+        worker.check()
+        for _ in range(2):
+            with pytest.raises(StartError):
+                embed([[2, 3]])
+    assert not worker.alive
+
+    def again() -> bool:
+        worker.check()
+        return worker.alive
+
+    wait_for(again)
+    np.testing.assert_array_equal(embed([[2, 3]]), expected)
+    worker.close()
 
 
 # The end

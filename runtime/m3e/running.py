@@ -75,8 +75,13 @@ class RunningGraph:
         if self._process != os.getpid():
             with self._opening:
                 if self._process != os.getpid():
+                    bundle = Bundle(self._folder)
+                    if bundle.manifest.digest != self._manifest.digest:
+                        raise StartError(
+                            f"{str(self._folder)!r} holds another bundle than before the fork; open it anew"
+                        )
                     self.session.abandon()
-                    self._open(Bundle(self._folder))
+                    self._open(bundle)
         return self.session
 
     def _start(self, bundle: Bundle, precision: str, device: str, engine_cache: Path | None) -> None:

@@ -78,7 +78,7 @@ class Fields:
             value = values.get(name)
             try:
                 kept.append(None if value is None else KEEP_TYPES[kind](value))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 problem = problem or f"field {name!r} is {_shorten(value)}, expected {kind}"
         return Record(file, number, line, None if problem else text, tuple(kept), problem)
 

@@ -79,8 +79,8 @@ class VectorSource:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)  # told row by row instead
             embeddings = self.encoder.encode(
-                different,
-                prompt="",
+                list(places),
+                prompt=self._prompt,  # not joined here: some models do not pool it
                 show_progress_bar=False,
                 precision="int8" if options.precision == "int8" else "float32",
                 normalize_embeddings=options.normalize,

@@ -23,6 +23,7 @@ import numpy as np
 from m3e.backends import DEVICES
 from m3e.encoder import Encoder
 from m3e.errors import InputError
+from m3e.prompts import find_prompt
 from m3e.vectors import EmbeddingPrecision
 
 _WINDOW = 4096
@@ -112,7 +113,8 @@ def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
 def _jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any]) -> Iterator[list[str]]:
     """Give an object a text, as lines, window by window, so that a pipe of any length needs no memory of its length."""
     while window := list(itertools.islice(texts, _WINDOW)):
-        counts = encoder.count_tokens(window, exact=False)
+        prompt = find_prompt(encoder.manifest.model, arguments["prompt_name"], None)
+        counts = encoder.count_tokens([prompt + text for text in window], exact=False)
         rows = (
             {
                 "text": text,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ from m3e.server.settings import Settings
 _MAX_HEADERS = 100
 _BODY_BYTES_PER_S = 64 * 1024
 _IDLE, _HEAD, _BODY = range(3)
+# Java's client asks for HTTP/2 so in every first request. A server may go on in HTTP/1.1 (RFC 9110, 7.8), but the
+# parser would take the body for the other protocol's.
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 def dialect_of(path: str) -> Dialect:
@@ -73,6 +77,7 @@ class Protocol(HttpToolsProtocol):
         self._phase = _IDLE
         self._n_head_bytes = 0
         self._n_headers = 0
+        self._n_begun = 0
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: Problem | None = None
 
@@ -101,16 +106,22 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; keep one absolute deadline for each part of a request that is not whole yet."""
-        before = self._phase
+        before, n_begun = self._phase, self._n_begun
         if before != _BODY:
             self._n_head_bytes += len(data)
+            if b"pgrade:" in data:
+                head, end, rest = data.partition(b"\r\n\r\n")
+                data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         super().data_received(data)
         if self.transport.is_closing():
             self._disarm()
         elif self._phase == _HEAD and self._n_head_bytes > self.settings.max_header_bytes:
             self._refuse(self._too_large())
         elif self._phase == _IDLE:
-            self._disarm()
+            if self._n_begun > n_begun or before != _IDLE:
+                self._disarm()
+            elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+                self._arm(self.settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
         elif self._phase != before or self._deadline is None:
             self._arm(self.settings.header_timeout_s if self._phase == _HEAD else self._body_timeout_s())
 
@@ -118,6 +129,7 @@ class Protocol(HttpToolsProtocol):
         """A request starts."""
         super().on_message_begin()
         self._phase = _HEAD
+        self._n_begun += 1
         self._n_headers = 0
         self._n_header_bytes = 0
 

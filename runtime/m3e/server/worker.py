@@ -181,10 +181,10 @@ class Worker:
             self.n_restarts += 1
             try:
                 self._start()
-            except M3EError as error:
+            except (M3EError, OSError) as error:
                 self._failed_at = time.monotonic()
                 log.error("the inference process could not be replaced: %s", error)
-                raise
+                raise StartError(str(error)) from error
             if self._closed:  # meanwhile; whoever closed it saw only the process before
                 self.close()
 
@@ -195,15 +195,10 @@ class Worker:
             channel.close()
 
     def _start(self) -> None:
-        pairs = [socket.socketpair() for _ in range(self._n_channels)]
-        theirs = [pair[1].fileno() for pair in pairs]
-        numbers = (self._threads, self.max_batch_tokens, *theirs)
-        command = [*self._command, self._wanted_device, *map(str, numbers)]
-        self._process = subprocess.Popen(command, pass_fds=theirs, stdin=subprocess.DEVNULL)
-        self._channels = []
-        for ours, other in pairs:
-            other.close()
-            self._channels.append(Connection(ours.detach()))
+        try:
+            self._spawn()
+        except OSError as error:  # no descriptors, processes or memory left: to be tried again, as any other failure
+            raise StartError(f"the inference process cannot be started: {error}") from error
         _set_patience(self._channels[0], _START_TIMEOUT_S)
         try:
             hello: dict[str, Any] = json.loads(self._channels[0].recv_bytes())
@@ -226,6 +221,17 @@ class Worker:
             _set_patience(channel, self.patience_s)
         self._generation += 1
         self._up = True
+
+    def _spawn(self) -> None:
+        pairs = [socket.socketpair() for _ in range(self._n_channels)]
+        theirs = [pair[1].fileno() for pair in pairs]
+        numbers = (self._threads, self.max_batch_tokens, *theirs)
+        command = [*self._command, self._wanted_device, *map(str, numbers)]
+        self._process = subprocess.Popen(command, pass_fds=theirs, stdin=subprocess.DEVNULL)
+        self._channels = []
+        for ours, other in pairs:
+            other.close()
+            self._channels.append(Connection(ours.detach()))
 
 
 def _set_patience(channel: Connection[bytes, bytes], seconds: float) -> None:
