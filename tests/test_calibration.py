@@ -76,6 +76,16 @@ def calibrated(minilm_encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFi
     return folder
 
 
+def test_the_folder_may_be_the_current_one(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = (calibrated / "similarity.json").read_bytes()
+    (calibrated / "similarity.json").unlink()
+    monkeypatch.chdir(calibrated)
+    assert main(["calibrate", ".", str(calibrated.parent / "pairs.tsv"), "--precision", "0.8"]) == 0
+    assert (calibrated / "similarity.json").read_bytes() == known
+
+
 def test_the_server_gives_the_same_probabilities(calibrated: Path) -> None:
     encoder, texts = Encoder(calibrated), ["A cat is sleeping", "The cat sleeps", "What does the apple cost?"]
     vectors = encoder.encode(texts)

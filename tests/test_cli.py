@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -151,6 +152,7 @@ def test_info(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for fact in ("m3e-tiny", "bert, 2 layers x 64", "64 dimensions, mean pooling", "512 tokens", "fp32 for cpu, 6 MB"):
         assert fact in said
+    assert "accepted" not in said  # it was not refused, so there was nothing to accept
     assert main(["info", str(tiny_bundle), "--json"]) == 0
     manifest = Manifest.from_bytes((tiny_bundle / "manifest.json").read_bytes())
     shown = json.loads(capsys.readouterr().out)
@@ -305,3 +307,17 @@ def test_a_plugin_without_its_packages_says_so(
     assert capsys.readouterr().err == (
         "error: m3e bench needs a package that is not installed: No module named 'no_such_package'\n"
     )
+
+
+def test_encode_counts_the_prompts_tokens_too(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "prompted"))
+    manifest = Manifest.from_bytes((bundle / "manifest.json").read_bytes())
+    model = dataclasses.replace(manifest.model, prompts={"query": "问" * 10})
+    (bundle / "manifest.json").write_bytes(dataclasses.replace(manifest, model=model).to_bytes())
+    longest = manifest.model.max_seq_length
+    with pytest.warns(m3e.TruncationWarning):
+        assert main(["encode", str(bundle), "好", "好" * (longest - 5), "--prompt-name", "query"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["tokens"], row["truncated"]) for row in rows] == [(13, False), (longest, True)]

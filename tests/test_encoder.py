@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -302,3 +304,12 @@ def test_a_text_where_a_list_belongs_is_refused(tiny_encoder: Encoder) -> None:
             call("天气")
     with pytest.raises(InputError, match=r"max_seq_length is 10\.5"):
         tiny_encoder.max_seq_length = 10.5  # type: ignore[assignment]
+
+
+def test_a_child_does_not_take_another_bundle_from_the_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    encoder = Encoder(folder)
+    (folder / "manifest.json").write_bytes(dataclasses.replace(encoder.manifest, space_id="0" * 16).to_bytes())
+    encoder._running._process = -1  # as a forked child finds it
+    with pytest.raises(StartError, match="holds another bundle than before the fork"):
+        encoder.encode("a")

@@ -640,12 +640,13 @@ def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
 
 def test_java_asks_for_http_2_and_gets_its_vectors(tiny_bundle: Path) -> None:
     """The JDK's HttpClient offers h2c on every first request; the parser would drop the body."""
-    body = b'{"inputs": "a\\r\\nUpgrade: b"}'
+    body = b'{"inputs": "a"}'
     with running(tiny_bundle) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        for _ in range(2):
+        for name in (b"Upgrade", b"UPGRADE"):
             connection.sendall(
                 b"POST /embed HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\n"
-                b"Upgrade: h2c\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                + name
+                + b": h2c\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
@@ -665,5 +666,4 @@ def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
                 connection.sendall(message)
                 assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
             connection.sendall(b"\r\n")
-            while connection.recv(1 << 16):  # the refusal, then the end
-                pass
+            assert b" 408 " in connection.recv(1 << 16)

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -135,13 +136,44 @@ def test_what_a_lost_worker_costs(
     assert ready_s <= 5
 
 
+def open_worker(bundle: Path, device: str = "cpu") -> Worker:
+    digest = Bundle(bundle).manifest.digest
+    return Worker(str(bundle), precision="auto", device=device, threads=1, max_batch_tokens=0, digest=digest)
+
+
+def test_a_worker_is_replaced_on_the_device_that_auto_chose(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = open_worker(tiny_bundle, "auto")
+    commands: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def listen(command: list[str], **named: Any) -> Any:
+        commands.append(command)
+        return popen(command, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", listen)
+    worker._process.kill()
+    worker._process.wait()
+    worker.check()
+    assert worker.alive
+    precision, device, threads, *_ = commands[0][commands[0].index(str(tiny_bundle)) + 1 :]
+    assert (precision, device, threads) == ("auto", "cpu", "1")
+    worker.close()
+
+
+def test_a_slow_batch_is_not_ended_by_a_thread_without_work(tiny_bundle: Path) -> None:
+    worker = open_worker(tiny_bundle)
+    worker._since[0] = time.monotonic() - worker.doubt_s - 1  # for long, and its patience is not over
+    assert not worker.alive
+    process = worker._process
+    worker.check()
+    assert (worker._process, process.poll()) == (process, None)
+    worker.close()
+
+
 def test_a_worker_closed_while_it_is_replaced_leaves_no_process(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Worker(
-        str(tiny_bundle), precision="auto", device="cpu", threads=1, max_batch_tokens=0,
-        digest=Bundle(tiny_bundle).manifest.digest,
-    )  # fmt: skip
+    worker = open_worker(tiny_bundle)
     start_process = worker._start
 
     def closed_first() -> None:
@@ -159,10 +191,7 @@ def test_a_worker_closed_while_it_is_replaced_leaves_no_process(
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker(
-        str(tiny_bundle), precision="auto", device="cpu", threads=1, max_batch_tokens=0,
-        digest=Bundle(tiny_bundle).manifest.digest,
-    )  # fmt: skip
+    worker = open_worker(tiny_bundle)
     embed = worker.embedders()[0]
     expected = embed([[2, 3]])
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3e.bundle import PRECISIONS
 from m3e.cli.guard import run_guarded
 from m3e.cli.info import certificate_lines
 from m3e.errors import DependencyError
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument(
         "--precision",
         nargs="+",
-        choices=["fp32", "int8", "fp16"],
+        choices=PRECISIONS,
         help="graphs to make; fp16 is for cuda and tensorrt, int8 for cpu and tensorrt (default: fp32 and int8 for "
         "cpu, fp16 for the others)",
     )

@@ -22,8 +22,7 @@ SIDE_NAME = "similarity.json"
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _REPAIR = "convert the checkpoint again, or copy the bundle again"
-
-_PRECISIONS = ("fp32", "int8", "fp16")
+PRECISIONS = ("fp32", "int8", "fp16")
 
 
 class Bundle:
@@ -69,8 +68,8 @@ class Bundle:
         graphs = [graph for graph in graphs if graph.precision == precision]
         if not graphs:
             available = ", ".join(f"{graph.precision} for {graph.target}" for graph in self.manifest.graphs)
-            if precision not in _PRECISIONS:
-                hint = f"precisions are {', '.join(_PRECISIONS)}"
+            if precision not in PRECISIONS:
+                hint = f"precisions are {', '.join(PRECISIONS)}"
             elif precision == "fp16" and target == "cpu":
                 hint = "fp16 is for device='cuda' and 'tensorrt'"
             else:

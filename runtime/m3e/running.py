@@ -71,7 +71,12 @@ class RunningGraph:
         self._start(bundle, precision, device, engine_cache)
 
     def session_here(self) -> AnySession:
-        """The session, reopened if this is a forked child: onnxruntime's threads do not survive a fork."""
+        """The session, reopened if this is a forked child: onnxruntime's threads do not survive a fork.
+
+        Raises:
+            BundleError: In a child: the bundle is gone or damaged.
+            StartError: In a child: the folder holds another bundle by now.
+        """
         if self._process != os.getpid():
             with self._opening:
                 if self._process != os.getpid():

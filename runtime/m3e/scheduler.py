@@ -6,14 +6,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import ClosedError, InferenceError, InputError, M3EError, OverloadedError, WorkerLostError
 from m3e.plan import MAX_BATCH_TOKENS
-from m3e.token_queue import Item, Job, Priority, TokenQueue
+from m3e.token_queue import PRIORITIES, Item, Job, Priority, TokenQueue
 
 Float32Array = npt.NDArray[np.float32]
 Embed = Callable[[list[list[int]]], Float32Array]
@@ -117,8 +116,8 @@ class Scheduler:
             ClosedError: `close` was called.
             InputError: Another priority.
         """
-        if priority not in get_args(Priority):
-            raise InputError(f"priority is {priority!r}, expected one of {', '.join(get_args(Priority))}")
+        if priority not in PRIORITIES:
+            raise InputError(f"priority is {priority!r}, expected one of {', '.join(PRIORITIES)}")
         now = time.monotonic()
         deadline = now + timeout_s if timeout_s is not None else float("inf")
         job = Job(input_ids, self._dim, priority=priority, deadline=deadline, on_done=on_done, now=now)

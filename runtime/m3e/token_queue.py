@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from m3e.plan import attention_width
 
 Float32Array = npt.NDArray[np.float32]
 Priority = Literal["interactive", "bulk"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 # While both lanes wait, every fourth batch starts with the oldest bulk text, so that bulk never starves.
 _INTERACTIVE_BATCHES_IN_A_ROW = 3
@@ -114,7 +115,7 @@ class TokenQueue:
 
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._lanes: dict[str, _Lane] = {"interactive": _Lane(), "bulk": _Lane()}
+        self._lanes: dict[str, _Lane] = {priority: _Lane() for priority in PRIORITIES}
         self._interactive_in_a_row = 0
         self.n_tokens = 0
         self.n_jobs = 0

@@ -112,8 +112,8 @@ def _lines(path: str, files: contextlib.ExitStack) -> Iterator[str]:
 
 def _jsonl(encoder: Encoder, texts: Iterator[str], arguments: dict[str, Any]) -> Iterator[list[str]]:
     """Give an object a text, as lines, window by window, so that a pipe of any length needs no memory of its length."""
+    prompt = find_prompt(encoder.manifest.model, arguments["prompt_name"], None)
     while window := list(itertools.islice(texts, _WINDOW)):
-        prompt = find_prompt(encoder.manifest.model, arguments["prompt_name"], None)
         counts = encoder.count_tokens([prompt + text for text in window], exact=False)
         rows = (
             {

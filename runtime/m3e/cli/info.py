@@ -55,12 +55,8 @@ def _run(parsed: argparse.Namespace) -> None:
 def certificate_lines(certificate: object) -> list[str]:
     """Lay a certificate out as lines of name and value, the values below each other."""
     facts: dict[str, object] = dataclasses.asdict(certificate)  # type: ignore[call-overload]
-    for name in (
-        "accepted",
-        "evaluation",
-    ):  # said where there is something to say: a loss was accepted, pairs were given
-        if not facts.get(name):
-            facts.pop(name, None)
+    unsaid = ("accepted", "evaluation")  # worth a line only where a loss was accepted, or pairs were given
+    facts = {name: value for name, value in facts.items() if value or name not in unsaid}
     width = max(map(len, facts)) + 2
     return [
         f"  {name:<{width}}{f'{value:.3g}' if isinstance(value, float) and value < 0.9 else value}"

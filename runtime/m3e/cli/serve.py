@@ -23,6 +23,8 @@ from typing import Any
 from m3e.errors import DependencyError, InputError
 from m3e.server.settings import Settings
 
+log = logging.getLogger("m3e.server")
+
 _COMPAT_KEY_VARIABLES = ("SK_KEY", "sk-key")
 
 
@@ -60,14 +62,14 @@ def _run(parsed: argparse.Namespace) -> None:
                 given = None
         if given is not None:
             values[field.name] = _value(field, given, variable)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     keys: list[str] = []
     if values.get("compat") == "m3e-large-api":
         values.setdefault("port", PORT)
         keys = [os.environ[name] for name in _COMPAT_KEY_VARIABLES if os.environ.get(name)][:1]
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    if values.get("compat") == "m3e-large-api" and not keys and not values.get("api_key_file"):
-        keys = [DEFAULT_KEY]
-        logging.getLogger("m3e.server").warning("the key is that of m3e-large-api, which everybody knows; set SK_KEY")
+        if not keys and not values.get("api_key_file"):
+            keys = [DEFAULT_KEY]
+            log.warning("the key is that of m3e-large-api, which everybody knows; set SK_KEY to one of your own")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     serve(Settings(bundles=tuple(parsed.bundles), **values), keys)
 

@@ -109,7 +109,7 @@ class Protocol(HttpToolsProtocol):
         before, n_begun = self._phase, self._n_begun
         if before != _BODY:
             self._n_head_bytes += len(data)
-            if b"pgrade:" in data:
+            if _UPGRADE.search(data):
                 head, end, rest = data.partition(b"\r\n\r\n")
                 data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         super().data_received(data)

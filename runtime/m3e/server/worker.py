@@ -123,8 +123,9 @@ class Worker:
 
     def check(self) -> None:
         """Start the process again if it was lost and nothing has asked for it since."""
+        generation = self._generation  # first, or a process that another thread has just started would be lost
         if self._up and self._process.poll() is not None:
-            self._lose(self._generation)
+            self._lose(generation)
         if not self._up:
             with contextlib.suppress(M3EError):
                 self._start_again()
@@ -181,10 +182,10 @@ class Worker:
             self.n_restarts += 1
             try:
                 self._start()
-            except (M3EError, OSError) as error:
+            except StartError as error:
                 self._failed_at = time.monotonic()
                 log.error("the inference process could not be replaced: %s", error)
-                raise StartError(str(error)) from error
+                raise
             if self._closed:  # meanwhile; whoever closed it saw only the process before
                 self.close()
 
@@ -197,8 +198,14 @@ class Worker:
     def _start(self) -> None:
         try:
             self._spawn()
+            self._hear()
         except OSError as error:  # no descriptors, processes or memory left: to be tried again, as any other failure
             raise StartError(f"the inference process cannot be started: {error}") from error
+        self._generation += 1
+        self._up = True
+
+    def _hear(self) -> None:
+        """Wait until the process has opened the bundle, and take over what it says."""
         _set_patience(self._channels[0], _START_TIMEOUT_S)
         try:
             hello: dict[str, Any] = json.loads(self._channels[0].recv_bytes())
@@ -219,8 +226,6 @@ class Worker:
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
         for channel in self._channels:
             _set_patience(channel, self.patience_s)
-        self._generation += 1
-        self._up = True
 
     def _spawn(self) -> None:
         pairs = [socket.socketpair() for _ in range(self._n_channels)]
