@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import random
+import re
 import select
 import socket
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 # An answer that has not come so long after the last request left counts as lost.
 _LAST_ANSWER_S = 60
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +105,9 @@ class _Connection:
 
     def whole(self) -> bool:
         """Whether the answer is all there."""
-        end = self.answer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        length = self.answer[:end].lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-        return len(self.answer) - end - 4 >= int(length)
+        length = _LENGTH.search(self.answer)
+        end = -1 if length is None else self.answer.find(b"\r\n\r\n", length.end())
+        return length is not None and end >= 0 and len(self.answer) - end - 4 >= int(length[1])
 
 
 def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limit: int) -> list[Outcome]:
@@ -115,8 +115,7 @@ def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limi
     clock = time.perf_counter
     start = clock()
     n = len(times)
-    outcomes: list[Outcome | None] = [None] * n
-    late = [0.0] * n
+    statuses, ended, late = [0] * n, [0.0] * n, [0.0] * n
     events = select.epoll()
     opened: dict[int, _Connection] = {}
     idle: list[_Connection] = []
@@ -127,7 +126,7 @@ def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limi
         nonlocal n_ended
         number = connection.number
         if number >= 0:
-            outcomes[number] = Outcome(status, clock() - start - times[number], late[number], times[number])
+            statuses[number], ended[number] = status, clock() - start
             n_ended += 1
         connection.number, connection.answer = -1, b""
         if status:
@@ -150,7 +149,7 @@ def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limi
             else:
                 connection = idle.pop()
         except OSError:
-            outcomes[number] = Outcome(0, clock() - start - times[number], 0.0, times[number])
+            ended[number] = clock() - start
             n_ended += 1
             return True
         connection.number = number
@@ -186,4 +185,4 @@ def _send_all(port: int, messages: Sequence[bytes], times: Sequence[float], limi
     for connection in opened.values():
         connection.socket.close()
     lost = clock() - start
-    return [outcome or Outcome(0, lost - times[i], late[i], times[i]) for i, outcome in enumerate(outcomes)]
+    return [Outcome(statuses[i], (ended[i] or lost) - times[i], late[i], times[i]) for i in range(n)]

@@ -43,7 +43,7 @@ local requests = {}
 init = function()
   for body in io.lines("%s") do
     requests[#requests + 1] = wrk.format(
-      "POST", "%s", {["content-type"] = "application/json", ["host"] = "localhost"}, body)
+      "POST", "%s", {["content-type"] = "application/json", ["Host"] = "localhost"}, body)
   end
 end
 local i = 0
@@ -60,7 +60,11 @@ end
 
 
 def wrk(port: int, texts: list[str], *, seconds: float, connections: int, path: str = "/embed") -> dict[str, Any]:
-    """Closed loop over some texts, one a request: sentences/s and latencies."""
+    """Closed loop over some texts, one a request: sentences/s and latencies.
+
+    Raises:
+        RuntimeError: Not every request was answered with 200: a refusal is quicker than an answer.
+    """
     program = shutil.which("wrk")
     if program is None:
         raise SystemExit("wrk is not installed: apt install wrk")
@@ -76,6 +80,8 @@ def wrk(port: int, texts: list[str], *, seconds: float, connections: int, path: 
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if result["errors"]:
+        raise RuntimeError(f"{result['errors']} of {result['requests']} requests to {path} failed; see the server's log")
     result["per_s"] = result["requests"] / (result["duration_us"] / 1e6)
     return result
 
@@ -136,7 +142,6 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
     library: list[float] = []
     served: dict[str, list[float]] = {name: [] for name in paths}
     ratios: dict[str, list[float]] = {name: [] for name in paths}
-    errors = 0
     encoder = Encoder(bundle)
 
     def embed() -> float:
@@ -155,10 +160,8 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
                 library.append(embed())
                 served[name].append(result["per_s"])
                 ratios[name].append(result["per_s"] / statistics.mean(library[-2:]))
-                errors += result["errors"]
     return {
         "library_per_s": statistics.median(library),
-        "errors": errors,
         **{
             name: {
                 "http_per_s": statistics.median(served[name]),

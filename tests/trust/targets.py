@@ -70,7 +70,9 @@ def parse_request(data: bytes) -> None:
     """Any body: texts or ids of the right type, or a problem that both dialects can say."""
     for accept_ids in (False, True):
         settings = Settings(bundles=("x",), accept_token_ids=accept_ids)
-        request = Request("POST", "/v1/embeddings", {b"content-type": b"application/json"}, data, b"id", 0.0)
+        request = Request(
+            "POST", "/v1/embeddings", "/v1/embeddings", {b"content-type": b"application/json"}, b"id", 0.0, data
+        )
         try:
             content = parse_object(request, _DEEPEST)
             parse_field(content, "dimensions", int, None)

@@ -1,9 +1,8 @@
-"""The ASGI app: sends a request through the gate, reads its body, and turns whatever happens into an answer."""
+"""The service: sends a request through the gate, reads its body, and turns whatever happens into an answer."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -16,25 +15,30 @@ import orjson
 
 from m3e.errors import ClosedError, M3EError, OverloadedError
 from m3e.server.gate import Gate, Header, State
-from m3e.server.http import Protocol, dialect_of
 from m3e.server.metrics import Metrics
 from m3e.server.models import Models
 from m3e.server.openai import OpenAIRoutes
 from m3e.server.openapi import document
-from m3e.server.problems import KIND_NAMES, Problem, problem_of, retry_after
-from m3e.server.requests import Answer, Request
+from m3e.server.problems import KIND_NAMES, Problem, dialect_of, problem_of, retry_after
+from m3e.server.requests import Answer, Request, Response
 from m3e.server.settings import Settings
 from m3e.server.tei import TEIRoutes
 from m3e.server.tracing import Tracer
 from m3e.server.ui import PAGE
 
 Handler = Callable[[Request], Awaitable[Answer]]
+Receive = Callable[[], Awaitable[Any]]
 
 log = logging.getLogger("m3e.server")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}\Z")
 # A client that announced too much is heard out up to here, so that it reads the refusal instead of a reset.
 _HEARD_OUT_BYTES = 64 << 20
+_PREFLIGHT_HEADERS = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-priority, x-request-id"),
+    (b"access-control-max-age", b"600"),
+)
 _HTML = b"text/html; charset=utf-8"
 _PAGE_HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -98,83 +102,61 @@ class App:
         """Whether a request would be run now."""
         return not self.state.draining and self.models.ready
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        """Answer one request. Nothing escapes but an answer."""
-        started = time.perf_counter()
-        path: str = scope["path"]
-        headers = dict(scope["headers"])
-        request = Request(scope["method"], path, headers, b"", self._request_id(headers), started)
+    def begin(self, method: str, path: str, headers: list[Header]) -> Request | Response:
+        """Take a request's headers: the request to `answer`, or at once the response that they alone decide.
+
+        What is refused here costs next to nothing, so that an overload does not take the processors from what was
+        accepted.
+        """
+        by_name = dict(headers)
         route = self.gate.route(path)
-        problem: Problem | None = None
-        span = self._tracer.start(request, route) if self._tracer is not None else None
-        connection: Protocol | None = (scope.get("extensions") or {}).get("m3e")
-        if connection is not None:
-            task = asyncio.current_task()
-            assert task is not None
-            connection.on_lost = task.cancel
+        request = Request(method, path, route, by_name, self._request_id(by_name), time.perf_counter())
+        if self._tracer is not None:
+            request.end_span = self._tracer.start(request)
+        try:
+            self.gate.check_host(headers)
+            if method == "OPTIONS" and self._origins and b"origin" in by_name:
+                return self._respond(request, Answer(b"", headers=_PREFLIGHT_HEADERS, status=204))
+            request.method = self.gate.check(method, path, route, headers)
+        except (Problem, M3EError) as error:
+            return self._respond(request, error)
+        return request
+
+    async def answer(self, request: Request, receive: Receive) -> Response | None:
+        """Read the body of a request and answer it; None if the client has gone. It raises nothing."""
         self.n_active += 1
         try:
-            answer = await self._answer(request, route, scope, receive)
-            if answer is None:
-                return  # the client went while it was sending
-        except Problem as error:
-            problem = error.with_traceback(None)  # or the error and this frame would hold each other
-        except M3EError as error:
-            problem = problem_of(error)
-            if problem.code in ("inference_failed", "internal_error"):
-                log.error("request %s: %s", request.id.decode(), type(error).__name__)
+            answer = await self._handle(request, receive)
+            return None if answer is None else self._respond(request, answer)
         except asyncio.CancelledError:
-            return  # the client has gone; its texts will not be run
+            return None  # the client has gone; its texts will not be run
         except Exception as error:
-            # Where, not what: an exception's text may quote the request.
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
-            log.error("request %s: %s at %s", request.id.decode(), type(error).__name__, where)
-            problem = Problem("internal_error", "The server failed; its log has the request id.")
+            return self._respond(request, error)
         finally:
             self.n_active -= 1
             self.n_held_bytes -= request.n_held_bytes
-            if connection is not None:
-                connection.on_lost = None
-        if problem is not None:
-            dialect = dialect_of(path)
-            answer = Answer(problem.body(dialect), headers=problem.headers, status=problem.status(dialect))
-        assert answer is not None
-        seconds = time.perf_counter() - started
-        self._count(request, route, answer.status, problem, seconds)
-        if span is not None:
-            span(request, answer.status)
-        sent = self._headers(request, answer, seconds)
-        with connection.one_write() if connection is not None else contextlib.nullcontext():
-            await send({"type": "http.response.start", "status": answer.status, "headers": sent})
-            await send({"type": "http.response.body", "body": answer.body})
 
-    async def _answer(
-        self, request: Request, route: str, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]]
-    ) -> Answer | None:
-        origin = request.headers.get(b"origin")
-        self.gate.check_host(request.headers)
-        if origin is not None and self._origins and request.method == "OPTIONS":
-            return Answer(b"", status=204, headers=((b"access-control-allow-methods", b"GET, POST"),
-                          (b"access-control-allow-headers", b"authorization, content-type, x-priority, x-request-id"),
-                          (b"access-control-max-age", b"600")))  # fmt: skip
-        method = self.gate.check(request.method, request.path, route, scope["headers"])
-        if method == "POST":
+    def refuse(self, problem: Problem, path: str) -> Response:
+        """Answer what did not become a request."""
+        return self._respond(
+            Request("", path, self.gate.route(path), {}, self._request_id({}), time.perf_counter()), problem
+        )
+
+    async def _handle(self, request: Request, receive: Receive) -> Answer | None:
+        if request.method == "POST":
             body = await self._read_body(request, receive)
             if body is None:
                 return None
             request.body = body
             request.started_at = time.perf_counter()
-        handler = self.routes[route][method]
+        handler = self.routes[request.route][request.method]
         try:
             return await handler(request)
         except ClosedError:
             # If its bundle was swapped before its turn came, the new one answers. If the service is ending, none does.
             return await handler(request)
 
-    async def _read_body(self, request: Request, receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+    async def _read_body(self, request: Request, receive: Receive) -> bytes | None:
         limit = self.settings.max_body_bytes
         announced = request.headers.get(b"content-length", b"")
         too_large = announced.isdigit() and int(announced) > limit
@@ -201,8 +183,9 @@ class App:
                 break
             hear_out = n <= _HEARD_OUT_BYTES
         if too_large:
-            raise Problem("content_too_large", f"The body is larger than {limit} bytes; send fewer texts at a time.",
-                          headers=((b"connection", b"close"),))  # fmt: skip
+            raise Problem(
+                "content_too_large", f"The body is larger than {limit} bytes; send fewer texts at a time.", closes=True
+            )
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _check_room(self, request: Request, n_bytes: int) -> None:
@@ -218,41 +201,51 @@ class App:
         given = headers.get(b"x-request-id", b"")
         return given if _REQUEST_ID.match(given) else self._id_prefix + b"%x" % next(self._ids)
 
-    def _headers(self, request: Request, answer: Answer, seconds: float) -> list[Header]:
-        headers: list[Header] = [
-            (b"content-type", answer.content_type),
-            (b"content-length", b"%d" % len(answer.body)),
-            (b"x-request-id", request.id),
-            *answer.headers,
+    def _respond(self, request: Request, outcome: Answer | Exception) -> Response:
+        """Make a response of an answer or of whatever was raised, and count it."""
+        if isinstance(outcome, Answer):
+            answer, problem = outcome, None
+        else:
+            problem = self._problem(request, outcome)
+            outcome.__traceback__ = None  # it holds frames that may hold the error
+            dialect = dialect_of(request.path)
+            answer = Answer(problem.body(dialect), headers=problem.headers, status=problem.status(dialect))
+        seconds = time.perf_counter() - request.started_at
+        self._count(request, answer.status, problem, seconds)
+        if request.end_span is not None:
+            request.end_span(request, answer.status)
+        head = [
+            b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+            % (answer.content_type, len(answer.body), request.id),
+            *(b"%b: %b\r\n" % header for header in answer.headers),
         ]
-        tokens = request.tokens
-        if tokens is not None and answer.status == 200:
-            tokenization, queue, inference = request.timings_s
-            headers += [
-                (b"x-compute-type", b"cpu" if request.device == "cpu" else b"gpu"),
-                (b"x-compute-time", b"%d" % round(seconds * 1000)),
-                (b"x-compute-characters", b"%d" % request.n_characters),
-                (b"x-compute-tokens", b"%d" % request.n_tokens),
-                (b"x-total-time", b"%d" % round(seconds * 1000)),
-                (b"x-tokenization-time", b"%d" % round(tokenization * 1000)),
-                (b"x-queue-time", b"%d" % round(queue * 1000)),
-                (b"x-inference-time", b"%d" % round(inference * 1000)),
-                (
-                    b"server-timing",
-                    b"tokenize;dur=%.2f, queue;dur=%.2f, inference;dur=%.2f, total;dur=%.2f"
-                    % (tokenization * 1000, queue * 1000, inference * 1000, seconds * 1000),
-                ),
-            ]
-        if self.state.draining and not any(name == b"connection" for name, _ in answer.headers):
-            headers.append((b"connection", b"close"))
+        if request.tokens is not None and problem is None:
+            head.append(_measured(request, seconds))
         origin = request.headers.get(b"origin")
         if origin is not None and (origin in self._origins or b"*" in self._origins):
-            headers += [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
-        return headers
+            head.append(b"access-control-allow-origin: %b\r\nvary: origin\r\n" % origin)
+        closes = self.state.draining or (problem is not None and problem.closes)
+        return Response(answer.status, b"".join(head), answer.body, closes)
 
-    def _count(self, request: Request, route: str, status: int, problem: Problem | None, seconds: float) -> None:
+    def _problem(self, request: Request, error: Exception) -> Problem:
+        if isinstance(error, Problem):
+            return error
+        if isinstance(error, M3EError):
+            problem = problem_of(error)
+            if problem.code in ("inference_failed", "internal_error"):
+                log.error("request %s: %s", request.id.decode(), type(error).__name__)
+            return problem
+        # Where, not what: an exception's text may quote the request.
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+        log.error("request %s: %s at %s", request.id.decode(), type(error).__name__, where)
+        return Problem("internal_error", "The server failed; its log has the request id.")
+
+    def _count(self, request: Request, status: int, problem: Problem | None, seconds: float) -> None:
         metrics = self.metrics
-        metrics.requests[route, f"{status // 100}xx"] += 1
+        metrics.requests[request.route, f"{status // 100}xx"] += 1
         if problem is not None:
             metrics.problems[problem.code] += 1
         if not request.n_texts:
@@ -301,3 +294,17 @@ class App:
         """Send the last spans."""
         if self._tracer is not None:
             self._tracer.close()
+
+
+def _measured(request: Request, seconds: float) -> bytes:
+    """TEI's headers about a request (router/src/http/server.rs), and the same for browsers."""
+    tokenization, queue, inference = request.timings_s
+    return (
+        b"x-compute-type: %b\r\nx-compute-time: %d\r\nx-compute-characters: %d\r\nx-compute-tokens: %d\r\n"
+        b"x-total-time: %d\r\nx-tokenization-time: %d\r\nx-queue-time: %d\r\nx-inference-time: %d\r\n"
+        b"server-timing: tokenize;dur=%.2f, queue;dur=%.2f, inference;dur=%.2f, total;dur=%.2f\r\n"
+    ) % (
+        b"cpu" if request.device == "cpu" else b"gpu", round(seconds * 1000), request.n_characters, request.n_tokens,
+        round(seconds * 1000), round(tokenization * 1000), round(queue * 1000), round(inference * 1000),
+        tokenization * 1000, queue * 1000, inference * 1000, seconds * 1000,
+    )  # fmt: skip

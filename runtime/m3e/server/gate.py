@@ -61,13 +61,16 @@ class Gate:
         trimmed = path.rstrip("/")
         return trimmed if trimmed in self._methods and "{" not in trimmed else "unmatched"
 
-    def check_host(self, headers: Mapping[bytes, bytes]) -> None:
+    def check_host(self, headers: list[Header]) -> None:
         """Refuse names that this service is not called by.
 
         Raises:
-            Problem: It is another.
+            Problem: It is another, or there are two (RFC 9112, 3.2).
         """
-        if self._hosts and not self._host_allowed(headers.get(b"host", b"")):
+        hosts = [value for name, value in headers if name == b"host"]
+        if len(hosts) > 1:
+            raise Problem("bad_http", "There is more than one Host header.", closes=True)
+        if self._hosts and not self._host_allowed(hosts[0] if hosts else b""):
             raise Problem("host_not_allowed", "This Host header is not accepted here; see --allowed-hosts.")
 
     def check(self, method: str, path: str, route: str, headers: list[Header]) -> str:

@@ -1,19 +1,20 @@
 """Uvicorn's HTTP/1.1 protocol with what it lacks: absolute deadlines for receiving, bounds on headers, JSON refusals.
 
-It overrides only callbacks that asyncio and httptools name, and `send_400_response`.
+Uvicorn parses, keeps the order of pipelined requests and the flow. Between it and the service go whole responses, not
+ASGI's messages: one write each, and no task for what its headers alone decide against.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from m3e.server.problems import Dialect, Problem
+from m3e.server.app import App
+from m3e.server.problems import Problem
+from m3e.server.requests import Request, Response
 from m3e.server.settings import Settings
 
 _MAX_HEADERS = 100
@@ -24,85 +25,34 @@ _IDLE, _HEAD, _BODY = range(3)
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
-def dialect_of(path: str) -> Dialect:
-    """The dialect that a path's clients read: OpenAI's on every /v1 path, also mis-joined ones."""
-    return "openai" if path.startswith("/v1") or path.endswith("/embeddings") else "tei"
-
-
-class _Outgoing:
-    """A connection's transport that can hold writes back, for them to leave in one system call."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._held: list[bytes] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def hold(self) -> None:
-        """Keep what is written from now on."""
-        self._held = []
-
-    def release(self) -> None:
-        """Write what was kept."""
-        held, self._held = self._held, None
-        if held:
-            self._transport.write(b"".join(held))
-
-    def write(self, data: bytes) -> None:
-        """Write, or keep it."""
-        if self._held is None:
-            self._transport.write(data)
-        else:
-            self._held.append(data)
-
-    def close(self) -> None:
-        """Close behind what was kept."""
-        self.release()
-        self._transport.close()
-
-
 class Protocol(HttpToolsProtocol):
-    """One connection.
+    """One connection."""
 
-    Attributes:
-        on_lost: Called once when the client goes before it has its answer.
-    """
-
-    settings: Settings  # set on a subclass, because uvicorn makes the instances
+    settings: Settings  # these two are set on a subclass, because uvicorn makes the instances
+    service: App
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.on_lost: Callable[[], Any] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._phase = _IDLE
         self._n_head_bytes = 0
         self._n_headers = 0
         self._n_begun = 0
         self._deadline: asyncio.TimerHandle | None = None
-        self._refusal: Problem | None = None
+        self._too_much: Problem | None = None
+        self._last: Problem | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the time from the first moment: a connection that sends nothing is closed too."""
-        self._outgoing = _Outgoing(transport)
-        super().connection_made(self._outgoing)  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._arm(self.settings.header_timeout_s)
 
-    @contextlib.contextmanager
-    def one_write(self) -> Iterator[None]:
-        """Send an answer's headers and its body together: a second system call costs as much as parsing a request."""
-        self._outgoing.hold()
-        try:
-            yield
-        finally:
-            self._outgoing.release()
-
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the request's task, so that its texts are not run for nobody."""
+        """End the request's task, so that its texts are not run for nobody."""
         self._disarm()
         super().connection_lost(exc)
-        if self.on_lost is not None:
-            on_lost, self.on_lost = self.on_lost, None
-            on_lost()
+        if self._task is not None:
+            self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; keep one absolute deadline for each part of a request that is not whole yet."""
@@ -120,6 +70,10 @@ class Protocol(HttpToolsProtocol):
         elif self._phase == _IDLE:
             if self._n_begun > n_begun or before != _IDLE:
                 self._disarm()
+                if self.cycle.response_complete and self.timeout_keep_alive_task is None:  # answered before its body
+                    self.timeout_keep_alive_task = self.loop.call_later(
+                        self.timeout_keep_alive, self.timeout_keep_alive_handler
+                    )
             elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
                 self._arm(self.settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
         elif self._phase != before or self._deadline is None:
@@ -138,14 +92,13 @@ class Protocol(HttpToolsProtocol):
         self._n_headers += 1
         self._n_header_bytes += len(name) + len(value)
         if self._n_headers > _MAX_HEADERS or self._n_header_bytes > self.settings.max_header_bytes:
-            self._refusal = self._too_large()
-            raise ValueError(self._refusal.message)
+            self._too_much = self._too_large()
+            raise ValueError(self._too_much.message)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Hand the request to the app, with this connection so that it may listen for the client leaving."""
+        """What comes now is the body."""
         self._phase = _BODY
-        self.scope["extensions"] = {"m3e": self}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -156,7 +109,7 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or too much of it, in JSON."""
-        self._refuse(self._refusal or Problem("bad_http", "The request is not valid HTTP/1.1."))
+        self._refuse(self._too_much or Problem("bad_http", "The request is not valid HTTP/1.1."))
 
     def _body_timeout_s(self) -> float:
         announced = next((value for name, value in self.headers if name == b"content-length"), b"0")
@@ -182,18 +135,68 @@ class Protocol(HttpToolsProtocol):
         part = "body" if self._phase == _BODY else "headers"
         self._refuse(Problem("request_timeout", f"The request's {part} did not arrive in time."))
 
-    def _refuse(self, problem: Problem) -> None:
-        """Answer on the bare connection and close it; if an answer has begun, only close."""
-        if self.transport.is_closing():
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: object) -> None:
+        """Answer a request whose turn has come."""
+        scope = cycle.scope
+        begun = self.service.begin(scope["method"], scope["path"], scope["headers"])  # type: ignore[arg-type]
+        # With more behind it, a reply would begin the next from within itself.
+        if isinstance(begun, Response) and not (self.pipeline or self.flow.write_paused):
+            self._reply(cycle, begun)
             return
-        busy = self._phase != _HEAD and self.cycle is not None and self.cycle.response_started
-        if not busy or self.cycle.response_complete:
+        self._task = self.loop.create_task(self._serve(cycle, begun))
+        self.tasks.add(self._task)
+        self._task.add_done_callback(self.tasks.discard)
+
+    async def _serve(self, cycle: RequestResponseCycle, begun: Request | Response) -> None:
+        response = begun if isinstance(begun, Response) else await self.service.answer(begun, cycle.receive)
+        if self.flow.write_paused:  # the client does not read what it has asked for
+            await self.flow.drain()
+        if response is not None:
+            self._reply(cycle, response)
+
+    def _reply(self, cycle: RequestResponseCycle, response: Response) -> None:
+        if cycle.disconnected:
+            return
+        cycle.keep_alive = cycle.keep_alive and not response.closes
+        self._write(response, keep_alive=cycle.keep_alive, with_body=cycle.scope["method"] != "HEAD")
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+
+    def _write(self, response: Response, *, keep_alive: bool, with_body: bool = True) -> None:
+        self.transport.write(b"".join([
+            STATUS_LINE[response.status],
+            *(b"%b: %b\r\n" % header for header in self.server_state.default_headers),
+            response.head,
+            b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
+            response.body if with_body else b"",
+        ]))  # fmt: skip
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; behind the last one, refuse what was not one."""
+        if self._last is not None and not self.pipeline:
+            self._end(self._last)
+        else:
+            super().on_response_complete()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer what cannot be read, when those before it are answered, and close the connection."""
+        if self.transport.is_closing() or self._last is not None:
+            return
+        self._last = problem
+        reading = self.cycle if self._phase == _BODY else None
+        if reading is not None and self.pipeline and self.pipeline[0][0] is reading:
+            self.pipeline.popleft()  # its turn will not come
+        elif reading is not None or self.cycle is None or self.cycle.response_complete:
+            self._end(problem, answered=reading is not None and reading.response_complete)
+            return
+        self._disarm()
+        self.flow.pause_reading()
+
+    def _end(self, problem: Problem, *, answered: bool = False) -> None:
+        if not answered:
             url = self.url.decode("ascii", "replace") if getattr(self, "url", b"") else ""
-            dialect = dialect_of(url)
-            body = problem.body(dialect)
-            self.transport.write(
-                STATUS_LINE[problem.status(dialect)]
-                + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-                + body
-            )
+            self._write(self.service.refuse(problem, url.partition("?")[0]), keep_alive=False)
         self.transport.close()

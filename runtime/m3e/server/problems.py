@@ -55,6 +55,7 @@ class Problem(Exception):  # noqa: N818 (an answer, not an error of ours)
         param: The field at fault, such as ``input[3]``.
         tei_message: Where TEI's clients know a sentence by heart.
         headers: Further headers.
+        closes: Whether the connection ends with it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Problem(Exception):  # noqa: N818 (an answer, not an error of ours)
         param: str | None = None,
         tei_message: str | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -72,6 +74,7 @@ class Problem(Exception):  # noqa: N818 (an answer, not an error of ours)
         self.param = param
         self.tei_message = tei_message
         self.headers = headers
+        self.closes = closes
 
     def status(self, dialect: Dialect) -> int:
         """The HTTP status in a dialect."""
@@ -87,6 +90,11 @@ class Problem(Exception):  # noqa: N818 (an answer, not an error of ours)
         else:
             content = {"error": {"message": self.message, "type": openai_type, "param": self.param, "code": self.code}}
         return orjson.dumps(content)
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect that a path's clients read: OpenAI's on every /v1 path, also mis-joined ones."""
+    return "openai" if path.startswith("/v1") or path.endswith("/embeddings") else "tei"
 
 
 def problem_of(error: M3EError) -> Problem:
@@ -107,7 +115,7 @@ def problem_of(error: M3EError) -> Problem:
         )
     if isinstance(error, ClosedError):
         return Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy",
-                       headers=(*retry_after(1.0), (b"connection", b"close")))  # fmt: skip
+                       headers=retry_after(1.0), closes=True)  # fmt: skip
     if isinstance(error, StartError):
         return Problem("not_ready", "The model cannot be run now; the server's log says why.", tei_message="unhealthy",
                        headers=retry_after(1.0))  # fmt: skip

@@ -24,19 +24,22 @@ class Request:
     """One request, whole.
 
     Attributes:
+        route: The template of its path, or ``unmatched``.
         n_held_bytes: What has come of the body.
         timings_s: What the answer's headers will say: tokenization, queue, inference.
         tokens: The texts' tokens, once known.
         device: What runs them.
+        end_span: Told the status of the answer, where requests are traced.
         n_tokens: All of them together.
     """
 
     method: str
     path: str
+    route: str
     headers: dict[bytes, bytes]
-    body: bytes
     id: bytes
     started_at: float
+    body: bytes = b""
     n_texts: int = 0
     n_held_bytes: int = 0
     timings_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -44,16 +47,32 @@ class Request:
     n_tokens: int = 0
     n_characters: int = 0
     device: str = ""
+    end_span: Callable[[Request, int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes back."""
+    """What a route gives."""
 
     body: bytes
     content_type: bytes = b"application/json"
     headers: tuple[tuple[bytes, bytes], ...] = ()
     status: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What goes over the wire.
+
+    Attributes:
+        head: Header lines, but those of the connection itself.
+        closes: Whether the connection ends with it.
+    """
+
+    status: int
+    head: bytes
+    body: bytes
+    closes: bool
 
 
 def parse_object(request: Request, max_depth: int) -> dict[str, Any]:

@@ -147,9 +147,9 @@ async def _reload(app: App) -> None:
 
 
 def _config(settings: Settings, app: App) -> uvicorn.Config:
-    protocol: Any = type("BoundProtocol", (Protocol,), {"settings": settings})
+    protocol: Any = type("BoundProtocol", (Protocol,), {"settings": settings, "service": app})
     return uvicorn.Config(
-        app,
+        app.answer,  # never called so: the protocol asks the service itself
         http=protocol,
         ws="none",
         lifespan="off",

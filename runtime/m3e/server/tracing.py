@@ -39,7 +39,7 @@ class Tracer:
         self._kind: Any = SpanKind.SERVER
         self._propagator: Any = TraceContextTextMapPropagator()
 
-    def start(self, request: Request, route: str) -> Callable[[Request, int], None]:
+    def start(self, request: Request) -> Callable[[Request, int], None]:
         """Begin a request's span, a child of the client's if it sent ``traceparent``.
 
         Returns:
@@ -47,14 +47,14 @@ class Tracer:
         """
         carrier = {"traceparent": request.headers.get(b"traceparent", b"").decode("latin-1")}
         span = self._tracer.start_span(
-            f"{request.method} {route}", context=self._propagator.extract(carrier), kind=self._kind
+            f"{request.method} {request.route}", context=self._propagator.extract(carrier), kind=self._kind
         )
 
         def finish(request: Request, status: int) -> None:
             tokenization, queue, inference = request.timings_s
             span.set_attributes(
                 {
-                    "http.route": route,
+                    "http.route": request.route,
                     "http.response.status_code": status,
                     "m3e.texts": request.n_texts,
                     "m3e.tokens": request.n_tokens,
