@@ -452,6 +452,25 @@ def test_what_is_refused(
     assert message in said.err
 
 
+def test_a_job_that_has_written_nothing_may_be_begun_otherwise(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(20))
+    with pytest.raises(InputError, match="there is no field 'body'"):
+        run(source, tmp_path / "out.parquet", tiny_encoder, text="body")
+    run(source, tmp_path / "out.parquet", tiny_encoder)
+    assert read(tmp_path / "out.parquet")[0] == list(range(20))
+    assert not (tmp_path / "out.parquet.partial").exists()
+
+
+def test_a_field_that_no_record_has_is_said(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": 2}\n', encoding="utf-8")
+    for name, said in (("id:int", ""), ("ID:int", "m3e: no record has a field 'ID'; its column is null\n")):
+        out = str(tmp_path / name[:2])
+        assert main(["embed", str(tmp_path / "in.jsonl"), "-o", out, "--bundle", str(tiny_bundle), "--keep", name]) == 0
+        assert capsys.readouterr().err == said
+
+
 def test_a_number_beyond_all_bounds_is_a_rejected_record(tiny_encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 1e999}\n', encoding="utf-8")
     run(tmp_path / "in.jsonl", tmp_path / "out", tiny_encoder, keep=("id:int",))

@@ -206,7 +206,9 @@ def test_settings(ours: SentenceTransformer, minilm_encoder: Encoder) -> None:
     np.testing.assert_array_equal(ours.encode_query("a"), ours.encode("a"))
     pool = ours.start_multi_process_pool()
     np.testing.assert_array_equal(ours.encode_multi_process(["a", "b"], pool), ours.encode(["a", "b"], pool=pool))
-    assert ours.eval().to("cpu") is ours
+    assert ours.eval().train(False).cpu().to("cpu") is ours
+    with pytest.raises(InputError, match="cannot be trained"):
+        ours.train()
     np.testing.assert_array_equal(ours.encode(inputs=["a"]), ours.encode(sentences=["a"]))
     assert ours.tokenize(["a"])["input_ids"].tolist() == [[101, 1037, 102]]
 

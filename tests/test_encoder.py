@@ -90,7 +90,11 @@ def test_shapes(tiny_encoder: Encoder, sentences: Any, shape: tuple[int, ...]) -
         ({"sentences": [["a", "b"]]}, r"sentences\[0\] is list"),
         ({"sentences": ["good", "\ud800"]}, "text 1 is not valid Unicode"),
         ({"sentences": "a", "batch_size": 0}, "batch_size is 0"),
+        ({"sentences": "a", "batch_size": "8"}, "batch_size is '8', expected an integer"),
         ({"sentences": "a", "truncate_dim": 65}, "truncate_dim is 65, expected 1 to 64"),
+        ({"sentences": "a", "truncate_dim": 8.0}, r"truncate_dim is 8\.0, expected an integer"),
+        ({"sentences": "a", "truncate_dim": True}, "truncate_dim is True, expected an integer"),
+        ({"sentences": "a", "prompt": 3}, "prompt is 3, expected a str"),
         ({"sentences": "a", "precision": "int4"}, "unknown precision 'int4'"),
         ({"sentences": "a", "prompt_name": "query"}, "no prompt named 'query'"),
         ({"sentences": "a", "output_value": "token_embeddings"}, "output_value"),
@@ -111,6 +115,8 @@ def test_unknown_arguments_are_errors(tiny_encoder: Encoder) -> None:
 def test_normalise_and_truncate(tiny_encoder: Encoder) -> None:
     full = tiny_encoder.encode(["你好", "hello"])
     np.testing.assert_allclose(tiny_encoder.encode(["你好", "hello"], truncate_dim=16), full[:, :16], atol=1e-6)
+    of_numpy: Any = np.int32(16)
+    np.testing.assert_array_equal(tiny_encoder.encode("你好", truncate_dim=of_numpy), full[0, :16])
     short = tiny_encoder.encode(["你好", "hello"], truncate_dim=16, normalize_embeddings=True)
     np.testing.assert_allclose(short, unit(full[:, :16]), atol=1e-6)
 
@@ -233,8 +239,10 @@ def test_pickle(tiny_bundle: Path) -> None:
         ({"precision": "int3"}, "BundleError", "no int3 graph for cpu, only fp32 for cpu"),
         ({"device": "tpu"}, "InputError", "device is 'tpu'"),
         ({"num_threads": 0}, "InputError", "num_threads is 0"),
+        ({"num_threads": "2"}, "InputError", "num_threads is '2'"),
+        ({"max_memory_mb": 0.5}, "InputError", "max_memory_mb is 0.5"),
     ],
-    ids=["precision", "device", "threads"],
+    ids=["precision", "device", "threads", "threads as text", "memory"],
 )
 def test_opening_with_wrong_arguments(tiny_bundle: Path, arguments: dict[str, Any], error: str, message: str) -> None:
     with pytest.raises(Exception, match=message) as caught:

@@ -17,6 +17,7 @@ from m3e.backends import PrecisionWarning as PrecisionWarning
 from m3e.bundle import Bundle
 from m3e.cache import obtain
 from m3e.calibration import load_calibration
+from m3e.checks import check_integer
 from m3e.cpu import available_threads
 from m3e.errors import InputError
 from m3e.feeds import pad
@@ -82,8 +83,10 @@ class Encoder:
     ) -> None:
         if device not in DEVICES:
             raise InputError(f"device is {device!r}, expected one of {', '.join(map(repr, DEVICES))}")
-        if num_threads is not None and num_threads < 1:
-            raise InputError(f"num_threads is {num_threads}, expected at least 1")
+        if num_threads is not None:
+            num_threads = check_integer("num_threads", num_threads)
+        if max_memory_mb is not None:
+            max_memory_mb = check_integer("max_memory_mb", max_memory_mb)
         if max_memory_mb is not None and device in ("cuda", "tensorrt"):
             raise InputError(f"max_memory_mb bounds what runs on the CPU; device is {device!r}")
         self._arguments: dict[str, Any] = {
@@ -146,8 +149,8 @@ class Encoder:
         """
         if output_value != "sentence_embedding":
             raise InputError(f"output_value is {output_value!r}, expected 'sentence_embedding'")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        if batch_size is not None:
+            batch_size = check_integer("batch_size", batch_size)
         single = isinstance(sentences, str)
         texts = check_texts([sentences] if isinstance(sentences, str) else sentences)
         session = self._running.session_here()
@@ -190,8 +193,7 @@ class Encoder:
         Yields:
             (dim,) for each text, in order.
         """
-        if window < 1:
-            raise InputError(f"window is {window}, expected at least 1")
+        window = check_integer("window", window)
         if isinstance(sentences, str):
             raise InputError("sentences is a str, whose characters would be the texts; put it into a list")
         stream = iter(sentences)
@@ -317,9 +319,7 @@ class Encoder:
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         limit = self.manifest.model.max_seq_length
-        if not (isinstance(value, int) and 3 <= value <= limit):
-            raise InputError(f"max_seq_length is {value}, expected 3 to {limit}")
-        self._tokenizer.max_seq_length = value
+        self._tokenizer.max_seq_length = check_integer("max_seq_length", value, 3, limit)
 
     @property
     def device(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from m3e.checks import check_integer
 from m3e.errors import InputError
 from m3e.manifest import Manifest, decode_array
 from m3e.vectors import EmbeddingPrecision, Float32Array, normalize, quantize_embeddings
@@ -33,8 +34,7 @@ def finish(
     """
     dim = manifest.model.embedding_dim
     if truncate_dim is not None:
-        if not 1 <= truncate_dim <= dim:
-            raise InputError(f"truncate_dim is {truncate_dim}, expected 1 to {dim}")
+        truncate_dim = check_integer("truncate_dim", truncate_dim, 1, dim)
         embeddings = embeddings[:, :truncate_dim]
     if normalize_embeddings:
         embeddings = normalize(embeddings)

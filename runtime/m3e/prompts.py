@@ -13,9 +13,11 @@ def find_prompt(model: Model, prompt_name: str | None, prompt: str | None) -> st
     """Settle the prompt of a call: the one given, the one named, or the model's default; empty for none.
 
     Raises:
-        InputError: The model has no prompt of that name.
+        InputError: The model has no prompt of that name, or a prompt is no text.
     """
     if prompt is not None:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {prompt!r}, expected a str")
         return prompt
     name = model.default_prompt_name if prompt_name is None else prompt_name
     if name is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from m3e.checks import check_integer
 from m3e.errors import ClosedError, InferenceError, InputError, M3EError, OverloadedError, WorkerLostError
 from m3e.plan import MAX_BATCH_TOKENS
 from m3e.token_queue import PRIORITIES, Item, Job, Priority, TokenQueue
@@ -56,8 +57,7 @@ class Scheduler:
         check_idle: Callable[[], None] | None = None,
     ) -> None:
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_queue_tokens", max_queue_tokens)):
-            if value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
+            check_integer(name, value)
         self._dim = dim
         self._max_queue_tokens = max_queue_tokens
         self._max_queue_ms = max_queue_ms

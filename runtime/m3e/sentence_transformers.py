@@ -226,6 +226,20 @@ class SentenceTransformer:
         """Do nothing: a graph is always in evaluation mode."""
         return self
 
+    def train(self, mode: bool = True) -> SentenceTransformer:
+        """Do nothing for False, as `eval`.
+
+        Raises:
+            InputError: A graph cannot be trained.
+        """
+        if mode:
+            raise InputError("an ONNX bundle cannot be trained; train the checkpoint, then convert it")
+        return self
+
+    def cpu(self) -> SentenceTransformer:
+        """Stay on the CPU."""
+        return self
+
     def to(self, device: Any) -> SentenceTransformer:
         """Stay on the CPU.
 

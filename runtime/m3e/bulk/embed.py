@@ -31,6 +31,7 @@ from m3e.bulk.sinks import (
 )
 from m3e.bulk.vectors import VectorSource
 from m3e.bulk.windows import WINDOW_RECORDS, Window, windows
+from m3e.checks import check_integer
 from m3e.errors import InputError
 from m3e.progress import progress_bar
 
@@ -48,13 +49,18 @@ _SINGLE = {_REJECTED_NAME: ".rejected.jsonl", ROWS_NAME: ".rows.npy", STATE_NAME
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a job did: vectors in the output, and those of this run; records rejected, texts cut, seconds."""
+    """What a job did: vectors in the output, and those of this run; records rejected, texts cut, seconds.
+
+    Attributes:
+        absent: Fields to keep that no record of this run had.
+    """
 
     rows: int
     new_rows: int
     rejected: int
     truncated: int
     seconds: float
+    absent: tuple[str, ...] = ()
 
 
 def embed(
@@ -85,8 +91,7 @@ def embed(
     Raises:
         InputError: The input cannot be read, or the output holds something else.
     """
-    if rows_per_part < 1:
-        raise InputError(f"rows_per_part is {rows_per_part}, expected at least 1")
+    rows_per_part = check_integer("rows_per_part", rows_per_part)
     if output.suffix == ".npy" and fields.kept:
         raise InputError("an .npy file holds vectors alone; keep no fields, or write Parquet or JSON lines")
     if output.suffix in _NOT_WRITTEN and not output.is_dir():
@@ -118,7 +123,9 @@ def embed(
         if single:
             folder.rename(_complete(output))
             _publish(output)
-    return Summary(state.rows, state.rows - before, state.rejected, state.truncated, time.monotonic() - started)
+    new_rows = state.rows - before
+    absent = tuple(sorted(fields.absent)) if new_rows else ()
+    return Summary(state.rows, new_rows, state.rejected, state.truncated, time.monotonic() - started, absent)
 
 
 def _run(

@@ -100,6 +100,8 @@ def resume_or_start(state: State | None, wanted: State, folder: Path, *, append:
     changed = [name for name in wanted.job if state.job.get(name) != wanted.job[name]]
     if not changed:  # also a complete one: the same command twice adds nothing twice
         return state
+    if not state.complete and not state.rows:  # begun wrongly, such as with the name of a field that is not there
+        return wanted
     if not state.complete:
         raise InputError(
             f"{str(folder)!r} holds an unfinished job with another {_listed(changed)}; finish it with the same "

@@ -45,6 +45,9 @@ class Fields:
         keep: ``NAME`` or ``NAME:TYPE`` of fields to copy to the output, the text's own too if it is wanted there; the
             types are those of `KEEP_TYPES`, ``string`` where none is named.
 
+    Attributes:
+        absent: Fields to keep that no record so far has had.
+
     Raises:
         InputError: An unknown type, or a name twice.
     """
@@ -52,6 +55,7 @@ class Fields:
     def __init__(self, text: str, keep: tuple[str, ...] = ()) -> None:
         self.text = text
         self.kept: dict[str, str] = {}
+        self.absent: set[str] = set()
         for item in keep:
             name, colon, kind = item.rpartition(":")
             name, kind = (name, kind) if colon else (item, "string")
@@ -63,6 +67,7 @@ class Fields:
             if name in self.kept or name in OUTPUT_COLUMNS:
                 raise InputError(f"the output would have two columns named {name!r}; leave it out of --keep")
             self.kept[name] = kind
+            self.absent.add(name)
 
     @property
     def names(self) -> list[str]:
@@ -76,6 +81,8 @@ class Fields:
         kept = []
         for name, kind in self.kept.items():
             value = values.get(name)
+            if name in self.absent and name in values:
+                self.absent.remove(name)
             try:
                 kept.append(None if value is None else KEEP_TYPES[kind](value))
             except (ValueError, TypeError, OverflowError):

@@ -92,3 +92,5 @@ def _run(parsed: argparse.Namespace) -> None:
         f"{parsed.output}: {summary.rows:,} vectors, {summary.truncated:,} of texts that were cut, "
         f"{summary.rejected:,} records rejected{speed}\n"
     )
+    if summary.absent:
+        sys.stderr.write(f"m3e: no record has a field {', '.join(map(repr, summary.absent))}; its column is null\n")

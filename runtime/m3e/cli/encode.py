@@ -32,7 +32,7 @@ _WINDOW = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", help="folder written by convert.py, or hub id")
-    parser.add_argument("text", nargs="*", help="texts; without any, lines are read from --input")
+    parser.add_argument("text", nargs="*", default=[], help="texts; without any, lines are read from --input")
     parser.add_argument(
         "-i", "--input", default="-", help="UTF-8 file with a text a line; - is standard input (default)"
     )

@@ -33,7 +33,7 @@ _TOKENIZING_THREADS = 2
 # connections, such as a health check's, would wait for seconds behind a crowd's. Every connection wakes all of these
 # sockets, so there are no more.
 _ACCEPTS = 16
-# Requests leave no cycles behind, so Python need not look for them after every 700 objects that a crowd's requests hold.
+# Requests leave no cycles behind, so Python need not look after every 700 objects of a crowd's.
 _GC_THRESHOLD = 50_000
 
 

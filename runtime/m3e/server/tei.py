@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from m3e import __version__
-from m3e.errors import InputError
+from m3e.errors import DeadlineError, InputError
 from m3e.server import embedding
 from m3e.server.models import Model, Models
 from m3e.server.problems import Problem, retry_after
@@ -22,6 +22,8 @@ _DIRECTIONS = ("right", "Right")
 # Inputs for which the counts fit a header that every client reads.
 _MAX_COUNTS = 256
 _MAX_TOKEN_VECTOR_REQUESTS = 8
+# As JSON they are about three times as much.
+_MAX_TOKEN_VECTOR_BYTES = 64 << 20
 
 
 class TEIRoutes:
@@ -63,15 +65,30 @@ class TEIRoutes:
                 "Backend error: this bundle gives no token vectors; convert again with --with-token-embeddings",
             )
         tokens = await self._tokenize(content, model, inputs, request)
+        n_most = _MAX_TOKEN_VECTOR_BYTES // (4 * model.manifest.model.hidden_size)
+        if request.n_tokens > n_most:
+            raise Problem(
+                "max_tokens_per_request",
+                f"inputs has {request.n_tokens} tokens together, /embed_all gives the vectors of {n_most} at most; "
+                "send fewer texts.",
+                param="inputs",
+            )
         if self._n_token_vector_requests >= _MAX_TOKEN_VECTOR_REQUESTS:
             raise Problem("server_is_overloaded", "Model is overloaded", headers=retry_after(1.0))
         self._n_token_vector_requests += 1
+
+        def of_text(input_ids: list[int]) -> bytes:
+            return orjson.dumps(model.worker.embed_tokens(input_ids), option=orjson.OPT_SERIALIZE_NUMPY)
+
+        timeout_s = self._settings.request_timeout_s
         try:
-            parts = [await asyncio.to_thread(model.worker.embed_tokens, ids) for ids in tokens.input_ids]
+            async with asyncio.timeout(timeout_s):
+                parts = [await asyncio.to_thread(of_text, ids) for ids in tokens.input_ids]
+        except TimeoutError as error:
+            raise DeadlineError(f"no answer within {timeout_s} s") from error
         finally:
             self._n_token_vector_requests -= 1
-        body = b"[" + b",".join(orjson.dumps(part, option=orjson.OPT_SERIALIZE_NUMPY) for part in parts) + b"]"
-        return Answer(body, headers=_counts(tokens))
+        return Answer(b"[" + b",".join(parts) + b"]", headers=_counts(tokens))
 
     async def tokenize(self, request: Request) -> Answer:
         """POST /tokenize: ids, texts and byte offsets of the tokens, without truncation."""

@@ -1,0 +1,97 @@
+"""What a connection may carry, and for how long: broken, pipelined, early and late messages on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+from benchmarks.server_process import running
+from tests import wire
+
+
+def test_java_asks_for_http_2_and_gets_its_vectors(tiny_bundle: Path) -> None:
+    """The JDK's HttpClient offers h2c on every first request; the parser would drop the body."""
+    body = b'{"inputs": "a"}'
+    with running(tiny_bundle) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        for name in (b"Upgrade", b"UPGRADE"):
+            connection.sendall(
+                b"POST /embed HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\n"
+                + name
+                + b": h2c\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
+    with running(tiny_bundle, "--header-timeout-s", "0.5") as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(b"\r\n")
+            assert b" 408 " in connection.recv(1 << 16)
+        message = (
+            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
+            b'{"inputs": "a"}'
+        )
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            for _ in range(2):
+                connection.sendall(message)
+                assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"\r\n")
+            assert b" 408 " in connection.recv(1 << 16)
+
+
+def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:
+    good = wire.embed("你好")
+    with running(tiny_bundle) as server:
+
+        async def statuses(*messages: bytes) -> list[tuple[int, bool]]:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"".join(messages))
+            found = []
+            while not reader.at_eof():
+                answer = await asyncio.wait_for(wire.read_answer(reader), 20)
+                found.append((answer.status, answer.closes))
+                if answer.closes:
+                    assert await reader.read() == b""
+            writer.close()
+            return found
+
+        broken = (
+            b"NOT HTTP\r\n\r\n",
+            b"POST /embed HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nX",
+        )
+        for bad in broken:
+            assert asyncio.run(statuses(bad)) == [(400, True)]
+            assert asyncio.run(statuses(good, bad)) == [(200, False), (400, True)]
+            assert asyncio.run(statuses(good, good, bad)) == [(200, False), (200, False), (400, True)]
+        counted = server.metrics()
+        assert counted["m3e_problems_total[('code', 'bad_http')]"] == 6
+        assert counted["m3e_requests_total[('route', '/embed'), ('status', '2xx')]"] == 6
+        nowhere = wire.embed("x").replace(b"/embed", b"/nowhere")
+        assert asyncio.run(statuses(*[nowhere] * 2000, broken[0])) == [(404, False)] * 2000 + [(400, True)]
+
+
+def test_a_connection_answered_before_its_body_is_kept_no_longer_than_others(tiny_bundle: Path) -> None:
+    message = wire.embed("你好").replace(b"/embed", b"/nowhere")
+    with running(tiny_bundle, "--keep-alive-s", "1") as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(message[:-10])
+            assert b" 404 " in connection.recv(1 << 16)
+            connection.sendall(message[-10:])
+            assert connection.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            for _ in range(2):
+                connection.sendall(message)
+                assert b" 404 " in connection.recv(1 << 16)
+
+
+def test_the_vectors_of_tokens_are_bounded_and_in_time(token_bundle: Path) -> None:
+    with running(token_bundle) as server:
+        many = server.post("/embed_all", {"inputs": ["天" * 600] * 520})
+        assert (many.status, many.json["error_type"]) == (422, "Validation")
+        assert "/embed_all gives" in many.json["error"]
+    with running(token_bundle, "--request-timeout-s", "0.2") as server:
+        slow = server.post("/embed_all", {"inputs": ["天" * 600] * 400})
+        assert (slow.status, slow.json["error_type"]) == (424, "Backend")
+        assert server.post("/embed_all", {"inputs": "天"}).status == 200
