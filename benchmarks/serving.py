@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.closed_loop import CONNECTIONS, capacity_per_s, http_call, p50_s, wrk
 from benchmarks.open_loop import open_loop
 from benchmarks.server_process import running
 from m3e import Encoder
@@ -35,85 +34,6 @@ from m3e_bench.machine import describe_code, describe_machine
 
 RECORD = Path(__file__).parent / "results" / "serving.json"
 PROBE = "今天天气真好我们去公园"  # 13 tokens
-_CONNECTIONS = 64
-
-# Every connection takes the next text, so that all of them together send the list in order.
-_WRK = """
-local requests = {}
-init = function()
-  for body in io.lines("%s") do
-    requests[#requests + 1] = wrk.format(
-      "POST", "%s", {["content-type"] = "application/json", ["Host"] = "localhost"}, body)
-  end
-end
-local i = 0
-request = function()
-  i = i %% #requests + 1
-  return requests[i]
-end
-done = function(summary, latency, requests)
-  io.write(string.format('\\n{"requests": %%d, "duration_us": %%d, "errors": %%d, "p50_us": %%d, "p99_us": %%d}\\n',
-    summary.requests, summary.duration, summary.errors.connect + summary.errors.read + summary.errors.write +
-    summary.errors.status + summary.errors.timeout, latency:percentile(50), latency:percentile(99)))
-end
-"""
-
-
-def wrk(port: int, texts: list[str], *, seconds: float, connections: int, path: str = "/embed") -> dict[str, Any]:
-    """Closed loop over some texts, one a request: sentences/s and latencies.
-
-    Raises:
-        RuntimeError: Not every request was answered with 200: a refusal is quicker than an answer.
-    """
-    program = shutil.which("wrk")
-    if program is None:
-        raise SystemExit("wrk is not installed: apt install wrk")
-    field = "inputs" if path == "/embed" else "input"
-    with tempfile.TemporaryDirectory() as folder:
-        bodies, script = Path(folder, "bodies"), Path(folder, "load.lua")
-        extra = {} if path == "/embed" else {"model": "served", "encoding_format": "base64"}
-        bodies.write_text("".join(json.dumps({field: text, **extra}, ensure_ascii=False) + "\n" for text in texts))
-        script.write_text(_WRK % (bodies, path))
-        done = subprocess.run(
-            [program, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "-s", str(script),
-             f"http://127.0.0.1:{port}{path}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if result["errors"]:
-        raise RuntimeError(f"{result['errors']} of {result['requests']} requests to {path} failed; see the server's log")
-    result["per_s"] = result["requests"] / (result["duration_us"] / 1e6)
-    return result
-
-
-def p50_s(call: Callable[[], object], n: int = 400) -> float:
-    """Median seconds of a call, after some to warm up."""
-    times = []
-    for _ in range(n):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[n // 5 :])
-
-
-def http_call(port: int, text: str) -> Callable[[], object]:
-    """One request on a kept connection, as bare as a client can be."""
-    body = json.dumps({"input": text, "encoding_format": "base64"}).encode()
-    message = (
-        b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n" % len(body) + body
-    )
-    connection = socket.create_connection(("127.0.0.1", port))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def call() -> bytes:
-        connection.sendall(message)
-        answer = connection.recv(1 << 20)
-        while not answer.endswith(b"}"):
-            answer += connection.recv(1 << 20)
-        return answer
-
-    return call
 
 
 def overhead(bundle: str, rounds: int = 3) -> dict[str, Any]:
@@ -152,11 +72,11 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
         return n / passed
 
     with running(f"served={bundle}", "--max-queue-ms", "0") as server:
-        wrk(server.port, texts, seconds=2, connections=_CONNECTIONS)
+        wrk(server.port, texts, seconds=2, connections=CONNECTIONS)
         library.append(embed())
         for _ in range(rounds):
             for name, path in paths.items():
-                result = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS, path=path)
+                result = wrk(server.port, texts, seconds=seconds, connections=CONNECTIONS, path=path)
                 library.append(embed())
                 served[name].append(result["per_s"])
                 ratios[name].append(result["per_s"] / statistics.mean(library[-2:]))
@@ -171,11 +91,6 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
             for name in paths
         },
     }
-
-
-def capacity_per_s(port: int, texts: list[str]) -> float:
-    """What 64 closed connections find."""
-    return float(wrk(port, texts, seconds=6, connections=_CONNECTIONS)["per_s"])
 
 
 def overload(bundle: str, texts: list[str] | None = None, seconds: float = 60, factor: float = 2) -> dict[str, Any]:
@@ -226,16 +141,16 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
     )  # fmt: skip
     try:
         _wait_for(port)
-        wrk(port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
-        theirs = wrk(port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
+        wrk(port, texts, seconds=2, connections=CONNECTIONS, path="/v1/embeddings")
+        theirs = wrk(port, texts, seconds=seconds, connections=CONNECTIONS, path="/v1/embeddings")
         half = theirs["per_s"] / 2
         their_half = open_loop(port, texts, rate_per_s=half, seconds=seconds, path="/v1/embeddings", model="served")
     finally:
         process.kill()
         process.wait()
     with running(f"served={bundle}", "--max-queue-ms", "0") as server:
-        wrk(server.port, texts, seconds=2, connections=_CONNECTIONS, path="/v1/embeddings")
-        ours = wrk(server.port, texts, seconds=seconds, connections=_CONNECTIONS, path="/v1/embeddings")
+        wrk(server.port, texts, seconds=2, connections=CONNECTIONS, path="/v1/embeddings")
+        ours = wrk(server.port, texts, seconds=seconds, connections=CONNECTIONS, path="/v1/embeddings")
         our_half = open_loop(
             server.port, texts, rate_per_s=ours["per_s"] / 2, seconds=seconds, path="/v1/embeddings", model="served"
         )
@@ -287,9 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--texts", required=True, help="UTF-8 file, a text a line; of tab-separated lines the first")
-    parser.add_argument("--parts", nargs="+", default=["overhead", "saturation", "overload"],
-                        choices=["overhead", "saturation", "overload", "infinity"])  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=60, help="of the overload")
+    parser.add_argument("--parts", nargs="+", default=["overhead", "saturation", "overload", "storm"],
+                        choices=["overhead", "saturation", "overload", "storm", "infinity"])  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="of the overload and of the storm, twice and five times the capacity"
+    )
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--infinity", metavar="PYTHON", help="of its environment, which 'python -m benchmarks engines "
                         "--install' makes: .bench/envs/infinity/bin/python")  # fmt: skip
@@ -303,6 +220,7 @@ def main() -> None:
         "overhead": lambda: overhead(parsed.bundle),
         "saturation": lambda: saturation(parsed.bundle, texts),
         "overload": lambda: overload(parsed.bundle, texts, parsed.seconds),
+        "storm": lambda: overload(parsed.bundle, texts, parsed.seconds, factor=5),
         "infinity": lambda: infinity(parsed.infinity, parsed.checkpoint, parsed.bundle, texts),
     }
     output: Path = parsed.output

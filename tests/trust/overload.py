@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import open_loop
 from benchmarks.server_process import COMMAND, running
-from benchmarks.serving import capacity_per_s
+from benchmarks.closed_loop import capacity_per_s
 from tests.trust import Figure, Outcome
 from tests.trust.careless_server import careless
 from tests.trust.models import small_bundle
