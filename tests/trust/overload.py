@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from benchmarks import open_loop
-from benchmarks.server_process import COMMAND, running
 from benchmarks.closed_loop import capacity_per_s
+from benchmarks.server_process import COMMAND, running
 from tests.trust import Figure, Outcome
 from tests.trust.careless_server import careless
 from tests.trust.models import small_bundle
