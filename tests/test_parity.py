@@ -42,7 +42,7 @@ def test_minilm(minilm_checkpoint: Path, minilm_encoder: Encoder, sentences: lis
 @pytest.mark.parametrize(
     ("shape", "stride"),
     [
-        ("small", 48),
+        ("small", 96),
         pytest.param("base", 600, marks=pytest.mark.long),
         pytest.param("small", 1, marks=pytest.mark.long),
         pytest.param("base", 1, marks=pytest.mark.long),

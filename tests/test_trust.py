@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,10 @@ def test_what_tests_prove(tmp_path: Path) -> None:
         "def test_silent():\n    pass\n"
         "def test_skipped():\n    pytest.skip('no time')\n"
     )
-    found = {name: proofs.measure("X1", (f"{file}::test_{name}",), 1) for name in ("fine", "bad", "silent", "skipped")}
+    names = ("fine", "bad", "silent", "skipped")
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(lambda name: proofs.measure("X1", (f"{file}::test_{name}",), 1), names)
+        found = dict(zip(names, outcomes, strict=True))
     assert {name for name, outcome in found.items() if outcome.passed} == {"fine"}
     assert found["fine"].measured == "3 of 3"
     assert found["bad"].measured.startswith("2 of 3; AssertionError: too few")

@@ -190,7 +190,7 @@ def _first(findings: Findings) -> str:
 FIGURES = (
     Figure(
         "A1", "mutated texts that crash, hang, give a value that is not finite or another shape", "0 of 1,000,000",
-        measure_mutations, quick=800, long=50_000, soak=1_000_000,
+        measure_mutations, quick=400, long=50_000, soak=1_000_000,
     ),
     Figure(
         "A1b", "the same for lists of texts that hypothesis draws", "0",

@@ -190,6 +190,6 @@ FIGURES = (
     ),
     Figure(
         "B5b", "INT8 against its own levels in float64", f"<= {INT8_BOUND:.0e}, >= {INT8_COSINE}",
-        functools.partial(measure, "int8", INT8_BOUND, INT8_COSINE), quick=200, long=5000, soak=50_000,
+        functools.partial(measure, "int8", INT8_BOUND, INT8_COSINE), quick=100, long=5000, soak=50_000,
     ),
 )  # fmt: skip
