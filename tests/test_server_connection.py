@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.server_process import running
@@ -95,3 +96,25 @@ def test_the_vectors_of_tokens_are_bounded_and_in_time(token_bundle: Path) -> No
         slow = server.post("/embed_all", {"inputs": ["天" * 600] * 400})
         assert (slow.status, slow.json["error_type"]) == (424, "Backend")
         assert server.post("/embed_all", {"inputs": "天"}).status == 200
+
+
+def test_answers_wait_for_a_client_that_does_not_read(tiny_bundle: Path) -> None:
+    n, message = 200, wire.embed(["天"] * 100)
+
+    async def talk(port: int, n_answered: Callable[[], float]) -> float:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(message * n)
+        before = -1.0
+        while (now := await asyncio.to_thread(n_answered)) != before:
+            before = now
+            await asyncio.sleep(1)
+        for _ in range(n):
+            assert (await wire.read_answer(reader)).status == 200
+        writer.close()
+        return before
+
+    with running(tiny_bundle) as server:
+        stalled_at = asyncio.run(
+            talk(server.port, lambda: server.metrics()["m3e_requests_total[('route', '/embed'), ('status', '2xx')]"])
+        )
+        assert 0 < stalled_at < n / 2
