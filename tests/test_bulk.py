@@ -461,6 +461,17 @@ def test_a_job_that_has_written_nothing_may_be_begun_otherwise(tiny_encoder: Enc
     assert not (tmp_path / "out.parquet.partial").exists()
 
 
+def test_an_unfinished_job_goes_on_only_as_it_began(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", short_texts(20))
+    run(source, tmp_path / "out", tiny_encoder)
+    state = json.loads((tmp_path / "out/_m3e.json").read_text()) | {"complete": False}
+    (tmp_path / "out/_m3e.json").write_text(json.dumps(state))
+    before = content(tmp_path / "out")
+    with pytest.raises(InputError, match="unfinished job with another text_field"):
+        run(source, tmp_path / "out", tiny_encoder, text="id")
+    assert content(tmp_path / "out") == before
+
+
 def test_a_field_that_no_record_has_is_said(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

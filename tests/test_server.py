@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks.server_process import Reply, Server, running
-from m3e import ClosedError, Encoder, InputError
+from m3e import ClosedError, Encoder, InputError, OverloadedError
 from m3e.cli.main import main
 from m3e.server.app import App
 from m3e.server.compat import DEFAULT_KEY, expand
@@ -596,8 +596,14 @@ def test_a_request_whose_bundle_is_swapped_is_answered_by_the_next(swaps: int, s
     assert asyncio.run(answered(app, "POST", "/embed")) == status
 
 
+@pytest.mark.parametrize("overloaded", [False, True])
 @pytest.mark.parametrize(("method", "path"), [("POST", "/embed"), ("POST", "/v1/nowhere"), ("GET", "/health/ready")])
-def test_a_refusal_leaves_nothing_for_the_collector(method: str, path: str) -> None:
+def test_a_refusal_leaves_nothing_for_the_collector(
+    method: str, path: str, overloaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if overloaded:
+        monkeypatch.setattr(Models, "overload", lambda self: OverloadedError("full", retry_after_s=1.0))
+
     async def garbage() -> int:
         for _ in range(3):
             assert await answered(app, method, path) >= 400

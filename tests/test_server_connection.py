@@ -99,6 +99,20 @@ def test_the_vectors_of_tokens_are_bounded_and_in_time(token_bundle: Path) -> No
         assert server.post("/embed_all", {"inputs": "天"}).status == 200
 
 
+def test_an_answer_to_head_has_no_body(tiny_bundle: Path) -> None:
+    question = b" /info HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with running(tiny_bundle) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(
+            b"HEAD" + question + b"GET" + question.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+        )
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+        head, _, rest = received.partition(b"\r\n\r\n")
+        assert rest.startswith(b"HTTP/1.1 200 ")
+        assert b"content-length: %d\r\n" % len(rest.partition(b"\r\n\r\n")[2]) in head
+
+
 def test_answers_wait_for_a_client_that_does_not_read(tiny_bundle: Path) -> None:
     n, message = 200, wire.embed(["天"] * 100)
 
