@@ -620,6 +620,13 @@ def test_a_refusal_leaves_nothing_for_the_collector(
         gc.enable()
 
 
+def test_a_mistake_of_the_service_is_no_mistake_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [])
+    monkeypatch.setattr(app.gate, "check_host", lambda headers: 1 / 0)
+    assert asyncio.run(answered(app, "POST", "/embed")) == 500
+    assert app.metrics.problems["internal_error"] == 1
+
+
 def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
     state = State()
     gate = Gate(

@@ -111,14 +111,14 @@ class App:
         by_name = dict(headers)
         route = self.gate.route(path)
         request = Request(method, path, route, by_name, self._request_id(by_name), time.perf_counter())
-        if self._tracer is not None:
-            request.end_span = self._tracer.start(request)
         try:
+            if self._tracer is not None:
+                request.end_span = self._tracer.start(request)
             self.gate.check_host(headers)
             if method == "OPTIONS" and self._origins and b"origin" in by_name:
                 return self._respond(request, Answer(b"", headers=_PREFLIGHT_HEADERS, status=204))
             request.method = self.gate.check(method, path, route, headers)
-        except (Problem, M3EError) as error:
+        except Exception as error:
             return self._respond(request, error)
         return request
 
