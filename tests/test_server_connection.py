@@ -42,36 +42,83 @@ def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
             assert b" 408 " in connection.recv(1 << 16)
 
 
-def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:
-    good = wire.embed("你好")
-    with running(tiny_bundle) as server:
-
-        async def statuses(*messages: bytes) -> list[tuple[int, bool]]:
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            writer.write(b"".join(messages))
-            found = []
-            while not reader.at_eof():
-                answer = await asyncio.wait_for(wire.read_answer(reader), 20)
-                found.append((answer.status, answer.closes))
-                if answer.closes:
-                    assert await reader.read() == b""
+async def statuses(port: int, *messages: bytes | float) -> list[int]:
+    """What a connection says until it is closed; a number among the messages is a pause in seconds."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for message in messages:
+        if isinstance(message, bytes):
+            writer.write(message)
+        else:
+            await asyncio.sleep(message)
+    found = []
+    while True:
+        try:
+            found.append((await asyncio.wait_for(wire.read_answer(reader), 20)).status)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise
             writer.close()
             return found
 
-        broken = (
-            b"NOT HTTP\r\n\r\n",
-            b"POST /embed HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nX",
-        )
+
+GOOD = wire.embed("你好")
+NOWHERE = wire.embed("x").replace(b"/embed", b"/nowhere")
+LAST = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+
+
+def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:
+    broken = (
+        b"NOT HTTP\r\n\r\n",
+        b"POST /embed HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nX",
+        b"GET http://h HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"CONNECT h:443 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    )
+    with running(tiny_bundle) as server:
         for bad in broken:
-            assert asyncio.run(statuses(bad)) == [(400, True)]
-            assert asyncio.run(statuses(good, bad)) == [(200, False), (400, True)]
-            assert asyncio.run(statuses(good, good, bad)) == [(200, False), (200, False), (400, True)]
+            assert asyncio.run(statuses(server.port, bad)) == [400]
+            assert asyncio.run(statuses(server.port, GOOD + bad)) == [200, 400]
+            assert asyncio.run(statuses(server.port, GOOD, 0.2, bad)) == [200, 400]
+            assert asyncio.run(statuses(server.port, GOOD + GOOD + bad)) == [200, 200, 400]
         counted = server.metrics()
-        assert counted["m3e_problems_total[('code', 'bad_http')]"] == 6
-        assert counted["m3e_requests_total[('route', '/embed'), ('status', '2xx')]"] == 6
-        nowhere = wire.embed("x").replace(b"/embed", b"/nowhere")
-        many = asyncio.run(statuses(good, *[nowhere] * 2000, broken[0]))
-        assert many == [(200, False), *[(404, False)] * 2000, (400, True)]
+        assert counted["m3e_problems_total[('code', 'bad_http')]"] == 16
+        assert counted["m3e_requests_total[('route', '/embed'), ('status', '2xx')]"] == 16
+        many = asyncio.run(statuses(server.port, GOOD + NOWHERE * 2000 + broken[0]))
+        assert many == [200, *[404] * 2000, 400]
+
+
+def test_nothing_is_answered_behind_a_refusal_that_closes(tiny_bundle: Path) -> None:
+    two_hosts = NOWHERE.replace(b"host: ", b"host: a\r\nhost: ")
+    large = wire.embed(["天"] * 2000)
+    with running(tiny_bundle, "--body-timeout-s", "1") as server:
+        assert asyncio.run(statuses(server.port, two_hosts + NOWHERE * 100)) == [400]
+        assert server.metrics()["m3e_problems_total[('code', 'not_found')]"] == 0
+        assert asyncio.run(statuses(server.port, large, 3, NOWHERE[:-5], 2)) == [200, 404]
+
+
+def test_the_clock_runs_for_one_request_at_a_time(tiny_bundle: Path) -> None:
+    """Not while an answer is awaited, and not on from the request before."""
+    slow, half = wire.embed(["天" * 600] * 200), len(GOOD) - 5
+    arguments = ("--header-timeout-s", "1", "--body-timeout-s", "1", "--keep-alive-s", "1")
+    with running(tiny_bundle, *arguments) as server:
+        for messages, expected in [
+            ((NOWHERE + slow, LAST), [404, 200, 200]),
+            ((NOWHERE + slow[:-5], 0.8, slow[-5:] + LAST), [404, 200, 200]),
+            ((GOOD[:half], 0.7, GOOD[half:] + LAST[:half], 0.7, LAST[half:]), [200, 200]),
+            ((slow + slow + GOOD[:20], 0.5, GOOD[20:] + LAST), [200, 200, 200, 200]),
+        ]:
+            assert asyncio.run(statuses(server.port, *messages)) == expected
+
+
+def test_a_request_that_outlasts_the_grace_is_told_so(tiny_bundle: Path) -> None:
+    with running(tiny_bundle, "--grace-s", "0.3", "--drain-delay-s", "0") as server:
+
+        async def outlast() -> list[int]:
+            asking = asyncio.create_task(statuses(server.port, wire.embed(["天" * 600] * 500)))
+            await asyncio.sleep(0.3)
+            server.process.terminate()
+            return await asking
+
+        assert asyncio.run(outlast()) == [503]
 
 
 def test_a_connection_answered_before_its_body_is_kept_no_longer_than_others(tiny_bundle: Path) -> None:

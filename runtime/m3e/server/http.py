@@ -50,12 +50,15 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request's task, so that its texts are not run for nobody."""
         self._disarm()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
         if self._task is not None:
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; keep one absolute deadline for each part of a request that is not whole yet."""
+        if self._last is not None:
+            return
         before, n_begun = self._phase, self._n_begun
         if before != _BODY:
             self._n_head_bytes += len(data)
@@ -76,7 +79,7 @@ class Protocol(HttpToolsProtocol):
                     )
             elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
                 self._arm(self.settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
-        elif self._phase != before or self._deadline is None:
+        elif self._n_begun > n_begun or self._phase != before or self._deadline is None:
             self._arm(self.settings.header_timeout_s if self._phase == _HEAD else self._body_timeout_s())
 
     def on_message_begin(self) -> None:
@@ -97,9 +100,9 @@ class Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """What comes now is the body."""
-        self._phase = _BODY
+        """What comes now is the body, unless the path is none."""
         super().on_headers_complete()
+        self._phase = _BODY
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -132,11 +135,17 @@ class Protocol(HttpToolsProtocol):
             self._deadline = None
 
     def _too_slow(self) -> None:
+        if self.flow.read_paused:  # by this side, until those before are answered
+            self._arm(self.settings.header_timeout_s if self._phase == _HEAD else self._body_timeout_s())
+            return
         part = "body" if self._phase == _BODY else "headers"
         self._refuse(Problem("request_timeout", f"The request's {part} did not arrive in time."))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: object) -> None:
         """Answer a request whose turn has come."""
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
         scope = cycle.scope
         begun = self.service.begin(scope["method"], scope["path"], scope["headers"])  # type: ignore[arg-type]
         # With more behind it, a reply would begin the next from within itself.
@@ -151,11 +160,16 @@ class Protocol(HttpToolsProtocol):
         response = begun if isinstance(begun, Response) else await self.service.answer(begun, cycle.receive)
         if self.flow.write_paused:  # the client does not read what it has asked for
             await self.flow.drain()
+        if response is None and not self.transport.is_closing():  # its time to end gracefully is over
+            response = self.service.refuse(
+                Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy", closes=True),
+                cycle.scope["path"],
+            )
         if response is not None:
             self._reply(cycle, response)
 
     def _reply(self, cycle: RequestResponseCycle, response: Response) -> None:
-        if cycle.disconnected:
+        if cycle.disconnected or self.transport.is_closing():
             return
         cycle.keep_alive = cycle.keep_alive and not response.closes
         self._write(response, keep_alive=cycle.keep_alive, with_body=cycle.scope["method"] != "HEAD")
@@ -196,7 +210,7 @@ class Protocol(HttpToolsProtocol):
         self.flow.pause_reading()
 
     def _end(self, problem: Problem, *, answered: bool = False) -> None:
-        if not answered:
+        if not answered and not self.transport.is_closing():
             url = self.url.decode("ascii", "replace") if getattr(self, "url", b"") else ""
             self._write(self.service.refuse(problem, url.partition("?")[0]), keep_alive=False)
         self.transport.close()
