@@ -57,8 +57,6 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; keep one absolute deadline for each part of a request that is not whole yet."""
-        if self._last is not None:
-            return
         before, n_begun = self._phase, self._n_begun
         if before != _BODY:
             self._n_head_bytes += len(data)
