@@ -39,8 +39,8 @@ class Protocol(HttpToolsProtocol):
         self._n_headers = 0
         self._n_begun = 0
         self._deadline: asyncio.TimerHandle | None = None
-        self._too_much: Problem | None = None
-        self._last: Problem | None = None
+        self._too_much: Problem | None = None  # what a callback stopped the parser for
+        self._last: Problem | None = None  # said once everything before is answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the time from the first moment: a connection that sends nothing is closed too."""
@@ -78,7 +78,7 @@ class Protocol(HttpToolsProtocol):
             elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
                 self._arm(self.settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
         elif self._n_begun > n_begun or self._phase != before or self._deadline is None:
-            self._arm(self.settings.header_timeout_s if self._phase == _HEAD else self._body_timeout_s())
+            self._arm(self._timeout_s())
 
     def on_message_begin(self) -> None:
         """A request starts."""
@@ -112,7 +112,9 @@ class Protocol(HttpToolsProtocol):
         """Answer what is not HTTP, or too much of it, in JSON."""
         self._refuse(self._too_much or Problem("bad_http", "The request is not valid HTTP/1.1."))
 
-    def _body_timeout_s(self) -> float:
+    def _timeout_s(self) -> float:
+        if self._phase != _BODY:
+            return self.settings.header_timeout_s
         announced = next((value for name, value in self.headers if name == b"content-length"), b"0")
         bound = min(int(announced) if announced.isdigit() else 0, self.settings.max_body_bytes)
         return self.settings.body_timeout_s + bound / _BODY_BYTES_PER_S
@@ -134,7 +136,7 @@ class Protocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         if self.flow.read_paused:  # by this side, until those before are answered
-            self._arm(self.settings.header_timeout_s if self._phase == _HEAD else self._body_timeout_s())
+            self._arm(self._timeout_s())
             return
         part = "body" if self._phase == _BODY else "headers"
         self._refuse(Problem("request_timeout", f"The request's {part} did not arrive in time."))
