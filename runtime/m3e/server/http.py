@@ -175,9 +175,11 @@ class Protocol(HttpToolsProtocol):
         self._write(response, keep_alive=cycle.keep_alive, with_body=cycle.scope["method"] != "HEAD")
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
+        cycle.body = bytearray()  # of a refused request some may have come
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()
+        cycle.on_response = _nothing  # or the two would hold each other
 
     def _write(self, response: Response, *, keep_alive: bool, with_body: bool = True) -> None:
         self.transport.write(b"".join([
@@ -214,3 +216,7 @@ class Protocol(HttpToolsProtocol):
             url = self.url.decode("ascii", "replace") if getattr(self, "url", b"") else ""
             self._write(self.service.refuse(problem, url.partition("?")[0]), keep_alive=False)
         self.transport.close()
+
+
+def _nothing() -> None:
+    pass
