@@ -7,9 +7,10 @@ Some libraries end the process themselves when memory is short, and nothing in P
 allocator, in tokenizers, aborts with ``memory allocation of N bytes failed``; glibc exits where not even the few bytes
 are left that a thread needs for its own variables. onnxruntime's kernels allocate on threads that catch nothing, where
 C++ aborts, and what they free after a failure was sometimes never set, which ends in an abort or a fault
-(1.32: ``free(5)``). m3e has no native code of its own. These outcomes are counted apart, and only where the child's
-last words, Python's fault handler among them, show that library at work. numpy's OpenBLAS exits while numpy is
-imported, so the limit begins behind that.
+(1.32: ``free(5)``). Two of its threads may end the process at once, which C++ calls recursive; then the second cuts
+short what the fault handler says, and no other library here throws ``std::bad_alloc`` on threads. m3e has no native
+code of its own. These outcomes are counted apart, and only where the child's last words, Python's fault handler among
+them, show that library at work. numpy's OpenBLAS exits while numpy is imported, so the limit begins behind that.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ _CLEAN = ("M3EError", "StartError", "InferenceError", "BundleError", "MemoryErro
           "OSError")  # fmt: skip
 # How a library ends the process by itself: exit statuses, and what is said then.
 _RUNS = r'(?s)Fatal Python error: .*File "[^"]*/onnxruntime/capi/onnxruntime_inference_collection\.py", line \d+ in '
+_TWICE = r"what\(\):\s+std::bad_alloc\s+terminate called recursively"
 _ENDS = {
     "abort in tokenizers": ({-signal.SIGABRT}, r"memory allocation of \d+ bytes failed"),
-    "end in onnxruntime": ({-signal.SIGABRT, -signal.SIGSEGV}, _RUNS + r"(run|_create_inference_session)\b"),
+    "end in onnxruntime": ({-signal.SIGABRT, -signal.SIGSEGV}, _RUNS + r"(run|_create_inference_session)\b|" + _TWICE),
     "exit of glibc": ({127}, "cannot allocate memory for thread-local data: ABORT"),
 }
 STAGES = ("import", "open", "encode")
