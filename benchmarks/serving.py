@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.closed_loop import CONNECTIONS, capacity_per_s, http_call, p50_s, wrk
+from benchmarks.closed_loop import capacity_per_s, http_call, p50_s, wrk
 from benchmarks.open_loop import open_loop
 from benchmarks.server_process import running
 from m3e import Encoder
@@ -72,11 +72,11 @@ def saturation(bundle: str, texts: list[str], seconds: float = 4, rounds: int = 
         return n / passed
 
     with running(f"served={bundle}", "--max-queue-ms", "0") as server:
-        wrk(server.port, texts, seconds=2, connections=CONNECTIONS)
+        wrk(server.port, texts, seconds=2)
         library.append(embed())
         for _ in range(rounds):
             for name, path in paths.items():
-                result = wrk(server.port, texts, seconds=seconds, connections=CONNECTIONS, path=path)
+                result = wrk(server.port, texts, seconds=seconds, path=path)
                 library.append(embed())
                 served[name].append(result["per_s"])
                 ratios[name].append(result["per_s"] / statistics.mean(library[-2:]))
@@ -141,16 +141,16 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
     )  # fmt: skip
     try:
         _wait_for(port)
-        wrk(port, texts, seconds=2, connections=CONNECTIONS, path="/v1/embeddings")
-        theirs = wrk(port, texts, seconds=seconds, connections=CONNECTIONS, path="/v1/embeddings")
+        wrk(port, texts, seconds=2, path="/v1/embeddings")
+        theirs = wrk(port, texts, seconds=seconds, path="/v1/embeddings")
         half = theirs["per_s"] / 2
         their_half = open_loop(port, texts, rate_per_s=half, seconds=seconds, path="/v1/embeddings", model="served")
     finally:
         process.kill()
         process.wait()
     with running(f"served={bundle}", "--max-queue-ms", "0") as server:
-        wrk(server.port, texts, seconds=2, connections=CONNECTIONS, path="/v1/embeddings")
-        ours = wrk(server.port, texts, seconds=seconds, connections=CONNECTIONS, path="/v1/embeddings")
+        wrk(server.port, texts, seconds=2, path="/v1/embeddings")
+        ours = wrk(server.port, texts, seconds=seconds, path="/v1/embeddings")
         our_half, same = (
             open_loop(server.port, texts, rate_per_s=rate, seconds=seconds, path="/v1/embeddings", model="served")
             for rate in (ours["per_s"] / 2, half)

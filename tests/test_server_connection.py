@@ -10,6 +10,29 @@ from pathlib import Path
 from benchmarks.server_process import running
 from tests import wire
 
+GOOD = wire.embed("你好")
+NOWHERE = wire.embed("x").replace(b"/embed", b"/nowhere")
+LAST = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+
+
+async def statuses(port: int, *messages: bytes | float) -> list[int]:
+    """What a connection says until it is closed; a number among the messages is a pause in seconds."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for message in messages:
+        if isinstance(message, bytes):
+            writer.write(message)
+        else:
+            await asyncio.sleep(message)
+    found = []
+    while True:
+        try:
+            found.append((await asyncio.wait_for(wire.read_answer(reader), 20)).status)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise
+            writer.close()
+            return found
+
 
 def test_java_asks_for_http_2_and_gets_its_vectors(tiny_bundle: Path) -> None:
     """The JDK's HttpClient offers h2c on every first request; the parser would drop the body."""
@@ -42,30 +65,6 @@ def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
             assert b" 408 " in connection.recv(1 << 16)
 
 
-async def statuses(port: int, *messages: bytes | float) -> list[int]:
-    """What a connection says until it is closed; a number among the messages is a pause in seconds."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for message in messages:
-        if isinstance(message, bytes):
-            writer.write(message)
-        else:
-            await asyncio.sleep(message)
-    found = []
-    while True:
-        try:
-            found.append((await asyncio.wait_for(wire.read_answer(reader), 20)).status)
-        except asyncio.IncompleteReadError as error:
-            if error.partial:
-                raise
-            writer.close()
-            return found
-
-
-GOOD = wire.embed("你好")
-NOWHERE = wire.embed("x").replace(b"/embed", b"/nowhere")
-LAST = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
-
-
 def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:
     broken = (
         b"NOT HTTP\r\n\r\n",
@@ -94,6 +93,7 @@ def test_nothing_is_answered_behind_a_refusal_that_closes(tiny_bundle: Path) -> 
         assert asyncio.run(statuses(server.port, two_hosts + NOWHERE * 100)) == [400]
         assert server.metrics()["m3e_problems_total[('code', 'not_found')]"] == 0
         assert asyncio.run(statuses(server.port, large, 5, NOWHERE[:-5], 3)) == [200, 408]
+        assert asyncio.run(statuses(server.port, large, 5, two_hosts + b"NOT HTTP\r\n\r\n", 1)) == [200, 400]
 
 
 def test_the_clock_runs_for_one_request_at_a_time(tiny_bundle: Path) -> None:

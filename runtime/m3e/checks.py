@@ -10,6 +10,12 @@ from m3e.errors import InputError
 def check_integer(name: str, value: object, lowest: int = 1, highest: int | None = None) -> int:
     """Give an argument as an int; numpy's integers are some too, True and 8.0 are none.
 
+    Args:
+        name: What the caller knows it by.
+        value: What came.
+        lowest: Least value allowed.
+        highest: Greatest value allowed; None for no bound.
+
     Raises:
         InputError: It is no integer, or out of its bounds.
     """

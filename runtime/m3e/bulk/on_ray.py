@@ -20,6 +20,7 @@ from m3e.bulk.records import Fields
 from m3e.bulk.sinks import Rows, arrow_schema, to_table
 from m3e.bulk.vectors import VectorOptions, VectorSource
 from m3e.bulk.windows import WINDOW_RECORDS, windows
+from m3e.checks import check_integer
 from m3e.encoder import Encoder
 from m3e.errors import DependencyError, InputError
 
@@ -102,8 +103,7 @@ def embed_on_ray(
         import ray.data
     except ImportError as error:
         raise DependencyError('Ray is not installed: pip install "m3e-runtime[bulk,ray]"') from error
-    if workers < 1:
-        raise InputError(f"workers is {workers}, expected at least 1")
+    workers = check_integer("workers", workers)
     if any(file.path == "-" for file in source.files):
         raise InputError("a cluster cannot read this process's standard input; give a file, or use --engine local")
     filesystem, folder = filesystem_of(output)

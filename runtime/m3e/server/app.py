@@ -106,7 +106,12 @@ class App:
         """Take a request's headers: the request to `answer`, or at once the response that they alone decide.
 
         What is refused here costs next to nothing, so that an overload does not take the processors from what was
-        accepted.
+        accepted. It raises nothing.
+
+        Args:
+            method: In capitals.
+            path: Without the query.
+            headers: As they came; names in lower case.
         """
         by_name = dict(headers)
         route = self.gate.route(path)
@@ -136,11 +141,10 @@ class App:
             self.n_active -= 1
             self.n_held_bytes -= request.n_held_bytes
 
-    def refuse(self, problem: Problem, path: str) -> Response:
-        """Answer what did not become a request."""
-        return self._respond(
-            Request("", path, self.gate.route(path), {}, self._request_id({}), time.perf_counter()), problem
-        )
+    def refuse(self, error: Problem | M3EError, path: str) -> Response:
+        """Answer what did not become a request, or will not be answered any more."""
+        request = Request("", path, self.gate.route(path), {}, self._request_id({}), time.perf_counter())
+        return self._respond(request, error)
 
     async def _handle(self, request: Request, receive: Receive) -> Answer | None:
         if request.method == "POST":

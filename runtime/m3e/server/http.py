@@ -12,10 +12,10 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from m3e.errors import ClosedError
 from m3e.server.app import App
 from m3e.server.problems import Problem
 from m3e.server.requests import Request, Response
-from m3e.server.settings import Settings
 
 _MAX_HEADERS = 100
 _BODY_BYTES_PER_S = 64 * 1024
@@ -28,11 +28,11 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
-    settings: Settings  # these two are set on a subclass, because uvicorn makes the instances
-    service: App
+    service: App  # set on a subclass, because uvicorn makes the instances
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._settings = self.service.settings
         self._task: asyncio.Task[None] | None = None
         self._phase = _IDLE
         self._n_head_bytes = 0
@@ -45,7 +45,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the time from the first moment: a connection that sends nothing is closed too."""
         super().connection_made(transport)
-        self._arm(self.settings.header_timeout_s)
+        self._arm(self._settings.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request's task, so that its texts are not run for nobody."""
@@ -66,7 +66,7 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             self._disarm()
-        elif self._phase == _HEAD and self._n_head_bytes > self.settings.max_header_bytes:
+        elif self._phase == _HEAD and self._n_head_bytes > self._settings.max_header_bytes:
             self._refuse(self._too_large())
         elif self._phase == _IDLE:
             if self._n_begun > n_begun or before != _IDLE:
@@ -76,7 +76,7 @@ class Protocol(HttpToolsProtocol):
                         self.timeout_keep_alive, self.timeout_keep_alive_handler
                     )
             elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-                self._arm(self.settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
+                self._arm(self._settings.header_timeout_s)  # an empty line begins nothing, and ends no wait
         elif self._n_begun > n_begun or self._phase != before or self._deadline is None:
             self._arm(self._timeout_s())
 
@@ -92,7 +92,7 @@ class Protocol(HttpToolsProtocol):
         """Count headers and their bytes."""
         self._n_headers += 1
         self._n_header_bytes += len(name) + len(value)
-        if self._n_headers > _MAX_HEADERS or self._n_header_bytes > self.settings.max_header_bytes:
+        if self._n_headers > _MAX_HEADERS or self._n_header_bytes > self._settings.max_header_bytes:
             self._too_much = self._too_large()
             raise ValueError(self._too_much.message)
         super().on_header(name, value)
@@ -114,15 +114,15 @@ class Protocol(HttpToolsProtocol):
 
     def _timeout_s(self) -> float:
         if self._phase != _BODY:
-            return self.settings.header_timeout_s
+            return self._settings.header_timeout_s
         announced = next((value for name, value in self.headers if name == b"content-length"), b"0")
-        bound = min(int(announced) if announced.isdigit() else 0, self.settings.max_body_bytes)
-        return self.settings.body_timeout_s + bound / _BODY_BYTES_PER_S
+        bound = min(int(announced) if announced.isdigit() else 0, self._settings.max_body_bytes)
+        return self._settings.body_timeout_s + bound / _BODY_BYTES_PER_S
 
     def _too_large(self) -> Problem:
         return Problem(
             "header_fields_too_large",
-            f"The headers are larger than {self.settings.max_header_bytes} bytes or more than {_MAX_HEADERS}.",
+            f"The headers are larger than {self._settings.max_header_bytes} bytes or more than {_MAX_HEADERS}.",
         )
 
     def _arm(self, seconds: float) -> None:
@@ -161,10 +161,7 @@ class Protocol(HttpToolsProtocol):
         if self.flow.write_paused:  # the client does not read what it has asked for
             await self.flow.drain()
         if response is None and not self.transport.is_closing():  # its time to end gracefully is over
-            response = self.service.refuse(
-                Problem("shutting_down", "The server is shutting down.", tei_message="unhealthy", closes=True),
-                cycle.scope["path"],
-            )
+            response = self.service.refuse(ClosedError("the grace is over"), cycle.scope["path"])
         if response is not None:
             self._reply(cycle, response)
 
@@ -179,7 +176,7 @@ class Protocol(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()
-        cycle.on_response = _nothing  # or the two would hold each other
+        cycle.on_response = lambda: None  # or the two would hold each other
 
     def _write(self, response: Response, *, keep_alive: bool, with_body: bool = True) -> None:
         self.transport.write(b"".join([
@@ -193,7 +190,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with the next request; behind the last one, refuse what was not one."""
         if self._last is not None and not self.pipeline:
-            self._end(self._last)
+            self._end()
         else:
             super().on_response_complete()
 
@@ -203,20 +200,23 @@ class Protocol(HttpToolsProtocol):
             return
         self._last = problem
         reading = self.cycle if self._phase == _BODY else None
-        if reading is not None and self.pipeline and self.pipeline[0][0] is reading:
-            self.pipeline.popleft()  # its turn will not come
-        elif reading is not None or self.cycle is None or self.cycle.response_complete:
-            self._end(problem, answered=reading is not None and reading.response_complete)
-            return
+        if reading is not None and reading.response_complete:
+            self.transport.close()  # it has its answer
+        elif reading is not None and self.pipeline:
+            self.pipeline.popleft()  # the newest stands left; its turn will not come
+            self._wait_for_those_before()
+        elif reading is None and self.cycle is not None and not self.cycle.response_complete:
+            self._wait_for_those_before()
+        else:
+            self._end()
+
+    def _wait_for_those_before(self) -> None:
         self._disarm()
         self.flow.pause_reading()
 
-    def _end(self, problem: Problem, *, answered: bool = False) -> None:
-        if not answered and not self.transport.is_closing():
+    def _end(self) -> None:
+        """Say the last thing and close, unless the answer before has closed already."""
+        if self._last is not None and not self.transport.is_closing():
             url = self.url.decode("ascii", "replace") if getattr(self, "url", b"") else ""
-            self._write(self.service.refuse(problem, url.partition("?")[0]), keep_alive=False)
-        self.transport.close()
-
-
-def _nothing() -> None:
-    pass
+            self._write(self.service.refuse(self._last, url.partition("?")[0]), keep_alive=False)
+            self.transport.close()

@@ -150,7 +150,7 @@ async def _reload(app: App) -> None:
 
 
 def _config(settings: Settings, app: App) -> uvicorn.Config:
-    protocol: Any = type("BoundProtocol", (Protocol,), {"settings": settings, "service": app})
+    protocol: Any = type("BoundProtocol", (Protocol,), {"service": app})
     return uvicorn.Config(
         app.answer,  # never called so: the protocol asks the service itself
         http=protocol,
