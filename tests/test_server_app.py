@@ -7,6 +7,7 @@ import gc
 from typing import Any
 
 import pytest
+from uvicorn.server import ServerState
 
 from m3e import ClosedError, OverloadedError
 from m3e.server.app import App
@@ -14,6 +15,7 @@ from m3e.server.gate import Gate, State
 from m3e.server.models import Models
 from m3e.server.problems import Problem
 from m3e.server.requests import Answer, Request, Response
+from m3e.server.run import _config
 from m3e.server.settings import Settings
 
 
@@ -76,6 +78,48 @@ def test_a_mistake_of_the_service_is_no_mistake_of_the_client(monkeypatch: pytes
     monkeypatch.setattr(app.gate, "check_host", lambda headers: 1 / 0)
     assert asyncio.run(answered(app, "POST", "/embed")) == 500
     assert app.metrics.problems["internal_error"] == 1
+
+
+class Outgoing(asyncio.Transport):
+    """A transport whose peer reads nothing, so that what is written after its end would still be sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.closing = False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
+
+    def write(self, data: Any) -> None:
+        self.written.append(data)
+
+    def close(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        pass
+
+
+def test_nothing_is_said_behind_the_answer_that_ends_a_connection() -> None:
+    async def talk() -> list[bytes]:
+        app = App(Settings(bundles=("b",)), Models(open_none, ("b",), 1.0), [])
+        app.state.draining = True
+        config = _config(app.settings, app)
+        config.load()
+        protocol: Any = config.http_protocol_class
+        connection, outgoing = protocol(config, ServerState(), {}), Outgoing()
+        connection.connection_made(outgoing)
+        connection.data_received(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\nNOT HTTP\r\n\r\n")
+        await asyncio.sleep(0.1)
+        connection.connection_lost(None)
+        return outgoing.written
+
+    (answer,) = asyncio.run(talk())
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_the_gate_lets_no_text_in_once_the_service_ends() -> None:
