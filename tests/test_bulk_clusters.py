@@ -120,6 +120,14 @@ def test_a_killed_worker_costs_no_row(
     check(tmp_path / "out", texts, tiny_encoder)
 
 
+def test_at_least_one_worker(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a\n", encoding="utf-8")
+    with pytest.raises(InputError, match="workers is 0, expected at least 1"):
+        embed_on_ray(
+            Input(str(tmp_path / "in.txt")), str(tmp_path / "out"), "bundle", Fields("text"), VectorOptions(), workers=0
+        )
+
+
 def test_the_command_on_ray(
     cluster: Any, source: Path, texts: list[str], tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
