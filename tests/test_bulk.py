@@ -385,7 +385,7 @@ def test_kill_minus_nine_at_random_moments(tiny_bundle: Path, tiny_encoder: Enco
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_kill_minus_nine_at_fifty_random_moments(tiny_bundle: Path, tiny_encoder: Encoder, tmp_path: Path) -> None:
-    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=50, n_rows=12000)
+    check_kills(tiny_bundle, tiny_encoder, tmp_path, n=50, n_rows=6000)
 
 
 def test_two_processes_do_not_mix(tiny_encoder: Encoder, tmp_path: Path) -> None:

@@ -55,13 +55,8 @@ def test_the_ids_of_a_sample_are_frozen(minilm: Tokenizer) -> None:
     assert digest_of(minilm, 61) == SAMPLE
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        pytest.param("minilm_checkpoint", marks=pytest.mark.long),
-        pytest.param("tiny_checkpoint", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("folder", ["minilm_checkpoint", "tiny_checkpoint"])
 def test_the_ids_of_every_character_are_transformers_ids(
     folder: str, request: pytest.FixtureRequest, record_property: Callable[[str, str], None]
 ) -> None:

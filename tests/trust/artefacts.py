@@ -235,6 +235,6 @@ FIGURES = (
     Figure("E2", "ENOSPC and EIO while exporting: target touched", "0", measure_errors, long=1),
     Figure("E3", "flipped bytes and cuts that are not refused by name", "0", measure_damage, long=1000),
     Figure("E4", "hostile bundles and checkpoints that are not refused", "0", measure_hostile, long=1),
-    Figure("E5", "exports of one input that differ in a byte", "0", measure_repeats, long=2, soak=5),
-    Figure("E7", "loads beside exporters that mix bundles", "0", measure_exporters, long=2000, soak=10_000),
+    Figure("E5", "exports of one input that differ in a byte", "0", measure_repeats, long=1, soak=5),
+    Figure("E7", "loads beside exporters that mix bundles", "0", measure_exporters, long=500, soak=10_000),
 )

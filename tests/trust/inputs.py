@@ -190,10 +190,10 @@ def _first(findings: Findings) -> str:
 FIGURES = (
     Figure(
         "A1", "mutated texts that crash, hang, give a value that is not finite or another shape", "0 of 1,000,000",
-        measure_mutations, quick=400, long=25_000, soak=1_000_000,
+        measure_mutations, quick=400, long=20_000, soak=1_000_000,
     ),
     Figure(
         "A1b", "the same for lists of texts that hypothesis draws", "0",
-        measure_hypothesis, quick=200, long=1000, soak=50_000,
+        measure_hypothesis, quick=200, long=500, soak=50_000,
     ),
 )  # fmt: skip

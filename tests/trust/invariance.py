@@ -114,10 +114,10 @@ FIGURES = (
     ),
     Figure(
         "B2", "FP32: difference by neighbours, order, padding, threads", "<= 1e-6",
-        functools.partial(measure_compositions, "fp32"), quick=100, long=2000, soak=100_000,
+        functools.partial(measure_compositions, "fp32"), quick=100, long=1000, soak=100_000,
     ),
     Figure(
         "B3", "INT8: difference by neighbours, order, padding, threads", "<= 1e-6",
-        functools.partial(measure_compositions, "int8"), quick=100, long=2000, soak=100_000,
+        functools.partial(measure_compositions, "int8"), quick=100, long=1000, soak=100_000,
     ),
 )  # fmt: skip

@@ -186,10 +186,10 @@ def _with_nan(vectors: Array) -> Array:
 FIGURES = (
     Figure(
         "B5", "FP32 against float64: largest difference of unit vectors, lowest cosine", "<= 2e-6, >= 0.999999",
-        functools.partial(measure, "fp32", FP32_BOUND, FP32_COSINE), quick=200, long=2000, soak=50_000,
+        functools.partial(measure, "fp32", FP32_BOUND, FP32_COSINE), quick=200, long=1000, soak=50_000,
     ),
     Figure(
         "B5b", "INT8 against its own levels in float64", f"<= {INT8_BOUND:.0e}, >= {INT8_COSINE}",
-        functools.partial(measure, "int8", INT8_BOUND, INT8_COSINE), quick=100, long=2000, soak=50_000,
+        functools.partial(measure, "int8", INT8_BOUND, INT8_COSINE), quick=100, long=1000, soak=50_000,
     ),
 )  # fmt: skip

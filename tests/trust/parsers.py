@@ -182,7 +182,7 @@ def _summary(found: list[str], count: int) -> str:
 FIGURES = (
     Figure(
         "A3", "readers that fail on mutated bytes: manifest, request, tokenizer", "0 of 10,000,000 each",
-        measure_mutations, quick=300, long=5000, soak=50_000,
+        measure_mutations, quick=300, long=2000, soak=50_000,
     ),
     Figure("A3b", "the same, guided by coverage (atheris)", "0 of 10,000,000 each", measure_atheris, soak=10_000_000),
 )  # fmt: skip
