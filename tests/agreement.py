@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from benchmarks.checkpoints import write_json
-from m3e.plan import attention_length, plan_batches
 from m3e.session import Session
 from m3e.tokenizer import Tokenizer
 from m3e_export.calibrate import calibrate
@@ -103,15 +102,15 @@ def sites(kind: str) -> dict[str, Int8Site]:
 def embedder(kind: str, checkpoint: Checkpoint, precision: str) -> Callable[..., Array]:
     """What `Encoder.encode` does, on a graph that is in no bundle."""
     int8 = functools.partial(Int8Steps, sites=sites(kind), signed=True) if precision == "int8" else None
-    session = Session(build_graph(checkpoint, int8).SerializeToString(), num_threads=1)
+    model = build_graph(checkpoint, int8).SerializeToString()
+    session = Session(model, num_threads=1, mixed=precision == "int8")
     tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.max_seq_length)
 
     def embed(texts: list[str], prompt_length: int = 0) -> Array:
         tokens = tokenizer(texts)
         vectors = np.empty((len(texts), checkpoint.embedding_dim), np.float32)
-        for rows in plan_batches(tokens.n_tokens, 1024):
-            width = int(attention_length(tokens.n_tokens[rows]).max())
-            vectors[rows] = session.run([tokens.input_ids[row] for row in rows], width, prompt_length=prompt_length)
+        for rows in session.plan(tokens.n_tokens):
+            vectors[rows] = session.run([tokens.input_ids[row] for row in rows], prompt_length=prompt_length)
         return vectors
 
     return embed

@@ -27,6 +27,7 @@ from m3e import (
     OverloadedError,
     WorkerLostError,
 )
+from m3e.plan import SPREAD
 from m3e.scheduler import Scheduler
 from m3e.token_queue import Job, TokenQueue
 
@@ -86,11 +87,12 @@ def run(made: Scheduler, ids: list[list[int]], **named: Any) -> Job:
     ),
     budget=st.integers(1, 300),
     dropped=st.sets(st.integers(0, 24)),
+    mixed=st.booleans(),
 )
-def test_every_text_is_taken_once_in_batches_of_one_width_under_the_budget(
-    requests: list[tuple[list[int], str]], budget: int, dropped: set[int]
+def test_every_text_is_taken_once_in_batches_of_similar_width_under_the_budget(
+    requests: list[tuple[list[int], str]], budget: int, dropped: set[int], mixed: bool
 ) -> None:
-    queue = TokenQueue(budget)
+    queue = TokenQueue(budget, mixed=mixed)
     jobs = [job(*lengths, priority=priority) for lengths, priority in requests]
     for item in jobs:
         queue.add(item)
@@ -102,9 +104,9 @@ def test_every_text_is_taken_once_in_batches_of_one_width_under_the_budget(
     assert (queue.n_tokens, queue.n_jobs) == (sum(item.n_tokens for item in live), len(live))
     seen = []
     while batch := queue.take(0.0)[0]:
-        widths = {item.width for item in batch}
-        assert len(widths) == 1
-        assert len(batch) == 1 or len(batch) * widths.pop() <= budget
+        widths = [item.width for item in batch]
+        assert max(widths) - min(widths) <= (SPREAD if mixed else 0)
+        assert len(batch) == 1 or sum(widths) <= budget
         seen += [(id(item.job), item.row) for item in batch]
     assert sorted(seen) == sorted((id(item), row) for item in live for row in range(len(item.input_ids)))
     assert (queue.n_tokens, queue.n_jobs) == (0, 0)
@@ -117,6 +119,15 @@ def test_the_oldest_text_leads_each_batch() -> None:
         queue.add(item)
     led = [[jobs.index(item.job) for item in queue.take(0.0)[0]] for _ in range(2)]
     assert led == [[0, 2], [1, 3]]
+
+
+def test_texts_of_other_widths_join_the_nearest_first() -> None:
+    queue = TokenQueue(64, mixed=True)
+    jobs = [job(20), job(33), job(9), job(28), job(12, priority="bulk"), job(20), job(80)]
+    for item in jobs:
+        queue.add(item)
+    led = [[jobs.index(item.job) for item in queue.take(0.0)[0]] for _ in range(3)]
+    assert led == [[0, 5, 2, 4], [1, 3], [6]]  # 33 tokens are too far from 20, and 28 do not fit any more
 
 
 def test_interactive_goes_first_and_bulk_does_not_starve() -> None:

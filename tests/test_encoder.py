@@ -280,10 +280,24 @@ def test_values_that_are_not_finite_never_leave(tiny_encoder: Encoder, monkeypat
         tiny_encoder.encode("a")
 
 
-@pytest.mark.parametrize(("num_threads", "sizes"), [(1, [11, 11, 10]), (2, [8, 8, 8, 8])])
-def test_a_call_of_a_few_texts_is_split_over_the_threads(tiny_bundle: Path, num_threads: int, sizes: list[int]) -> None:
-    session = Encoder(tiny_bundle, num_threads=num_threads)._running.session_here()
-    assert [len(rows) for rows in session.plan(np.full(32, 32))] == sizes
+@pytest.mark.parametrize(("num_threads", "sizes"), [(1, [10, 11, 11]), (2, [8, 8, 8, 8])])
+def test_a_call_is_split_over_the_threads_and_what_one_thread_embeds_is_not(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int, sizes: list[int]
+) -> None:
+    encoder = Encoder(tiny_bundle, num_threads=num_threads)
+    session, seen = encoder._running.session_here(), list[int]()
+    run = session.run
+
+    def counting(input_ids: list[list[int]], **options: Any) -> np.ndarray[Any, Any]:
+        seen.append(len(input_ids))
+        return run(input_ids, **options)
+
+    monkeypatch.setattr(session, "run", counting)
+    encoder.encode(["天" * 30] * 32)
+    assert sorted(seen) == sizes
+    seen.clear()
+    encoder.embed([[2] * 32] * 32)  # one after the other, in the thread that calls
+    assert sorted(seen) == [10, 11, 11]
 
 
 def test_a_graph_that_cannot_be_opened_prints_nothing(

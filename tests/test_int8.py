@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from m3e import CertificateError, Encoder, ExportError
+from m3e.bundle import Bundle
 from m3e.cpu import cpu_features
-from m3e.plan import attention_length
+from m3e.plan import SPREAD, attention_length
 from m3e.session import Session
 from m3e_export import certify, quantize
 from m3e_export.calibrate import calibrate
@@ -153,6 +154,21 @@ def test_no_token_depends_on_the_width_of_the_rectangle_to_the_last_bit(
             np.testing.assert_array_equal(session.run([text], width, "last_hidden_state")[0, :n_tokens], alone)
         beside = session.run([neighbour, text], 120, "last_hidden_state")[1, :n_tokens]
         np.testing.assert_array_equal(beside, alone)
+
+
+def test_no_vector_depends_on_the_width_to_the_last_bit_so_texts_of_several_widths_share_a_batch(
+    bundle: Path, encoder: Encoder
+) -> None:
+    assert encoder.mixes_widths
+    assert not Encoder(bundle, precision="fp32").mixes_widths
+    session = Session(Bundle(bundle).read_graph(encoder.manifest.graphs[1]), num_threads=1, mixed=True)
+    rng = np.random.default_rng(0)
+    for n_tokens in (*range(2, 70), 99, 130, 255):
+        text = rng.integers(1000, 20000, n_tokens).tolist()
+        alone = session.run([text])[0]
+        for width in range(-(-n_tokens // 4) * 4, n_tokens + SPREAD + 4, 4):
+            neighbour = rng.integers(1000, 20000, width).tolist()
+            np.testing.assert_array_equal(session.run([neighbour, text, neighbour], width)[1], alone)
 
 
 def test_sites_that_are_kept_stay_fp32(

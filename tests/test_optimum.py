@@ -106,7 +106,9 @@ def test_a_traced_encoder_gives_transformers_vectors(kind: str, standin: list[St
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=2e-6)
     _, int8, *fp16 = graphs.values()
     assert len(int8.int8_sites) == N_SITES[kind]
-    vectors = Encoder(tmp_path / "bundle", precision="int8").encode(TEXTS)
+    encoder = Encoder(tmp_path / "bundle", precision="int8")
+    assert not encoder.mixes_widths  # its attention is in floating point
+    vectors = encoder.encode(TEXTS)
     assert (vectors * expected).sum(axis=1).min() > 0.999
     sizes = {graph.precision: encoder.manifest.files[graph.file].size_bytes for graph in graphs.values()}
     assert sizes["int8"] < 0.4 * sizes["fp32"]

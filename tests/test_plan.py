@@ -7,64 +7,85 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3e.plan import attention_length, attention_width, plan_batches
+from m3e.plan import SPREAD, attention_length, attention_width, plan_batches
 
-lengths = st.lists(st.integers(0, 600), max_size=200)
+lengths = st.lists(st.integers(0, 600), max_size=200) | st.lists(st.integers(0, 40), max_size=200)
 token_bounds = st.integers(1, 2048)
 size_bounds = st.none() | st.integers(1, 64)
 
 
 def plan(
-    n_tokens: list[int], max_batch_tokens: int, max_batch_size: int | None = None, at_once: int = 1
+    n_tokens: list[int],
+    max_batch_tokens: int,
+    max_batch_size: int | None = None,
+    at_once: int = 1,
+    *,
+    mixed: bool = False,
 ) -> list[list[int]]:
-    batches = plan_batches(np.array(n_tokens, dtype=np.int64), max_batch_tokens, max_batch_size, at_once)
+    batches = plan_batches(np.array(n_tokens, dtype=np.int64), max_batch_tokens, max_batch_size, at_once, mixed=mixed)
     return [batch.tolist() for batch in batches]
 
 
-def width(n_tokens: list[int], batch: list[int]) -> int:
-    return int(attention_length(np.array([n_tokens[index] for index in batch])).max())
+def widths(n_tokens: list[int], batch: list[int], *, mixed: bool = False) -> list[int]:
+    return [attention_width(n_tokens[index], mixed=mixed) for index in batch]
 
 
-@given(n_tokens=lengths)
-def test_the_width_of_one_text_is_that_of_the_plan(n_tokens: list[int]) -> None:
-    assert [attention_width(n) for n in n_tokens] == attention_length(np.array(n_tokens, dtype=np.int64)).tolist()
+@given(n_tokens=lengths, mixed=st.booleans())
+def test_the_width_of_one_text_is_that_of_the_plan(n_tokens: list[int], mixed: bool) -> None:
+    found = attention_length(np.array(n_tokens, dtype=np.int64), mixed=mixed).tolist()
+    assert [attention_width(n, mixed=mixed) for n in n_tokens] == found
+    for n, width in zip(n_tokens, found, strict=True):
+        assert max(n, 1) <= width < max(n, 1) + 4
+        assert width % 4 == 0 or (n > 64 and not mixed)
 
 
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, at_once=st.integers(1, 5))
-def test_every_index_exactly_once(n_tokens: list[int], max_tokens: int, max_size: int | None, at_once: int) -> None:
-    batches = plan(n_tokens, max_tokens, max_size, at_once)
+@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, at_once=st.integers(1, 5), mixed=st.booleans())
+def test_every_index_exactly_once_under_the_budgets(
+    n_tokens: list[int], max_tokens: int, max_size: int | None, at_once: int, mixed: bool
+) -> None:
+    batches = plan(n_tokens, max_tokens, max_size, at_once, mixed=mixed)
     assert sorted(index for batch in batches for index in batch) == list(range(len(n_tokens)))
-    assert all(batches)
-
-
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
-def test_budgets_are_respected(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
-    for batch in plan(n_tokens, max_tokens, max_size):
-        assert len({width(n_tokens, [index]) for index in batch}) == 1
-        padded = len(batch) * width(n_tokens, batch)
-        assert padded <= max_tokens or len(batch) == 1
+    for batch in batches:
+        own = widths(n_tokens, batch, mixed=mixed)
+        assert max(own) - min(own) <= (SPREAD if mixed else 0)
+        assert sum(own) <= max_tokens or len(batch) == 1
         assert max_size is None or len(batch) <= max_size
 
 
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, at_once=st.integers(1, 5))
+@given(n=st.integers(1, 200), length=st.integers(0, 600), max_tokens=token_bounds, at_once=st.integers(1, 5))
 def test_one_length_gets_equal_batches_for_all_that_run_at_once(
-    n_tokens: list[int], max_tokens: int, max_size: int | None, at_once: int
+    n: int, length: int, max_tokens: int, at_once: int
 ) -> None:
-    batches = plan(n_tokens, max_tokens, max_size, at_once)
-    for own in {width(n_tokens, batch) for batch in batches}:
-        sizes = [len(batch) for batch in batches if width(n_tokens, batch) == own]
-        most = min(max(1, max_tokens // own), max_size or len(n_tokens))
-        needed = -(-sum(sizes) // most)
-        multiples = range(at_once, needed + at_once + 1, at_once)
-        wanted = next(multiple for multiple in multiples if multiple >= needed) if needed > 1 else 1
-        assert len(sizes) == min(wanted, sum(sizes))
-        assert max(sizes) - min(sizes) <= 1
+    own = attention_width(length)
+    sizes = [len(batch) for batch in plan([length] * n, max_tokens, None, at_once)]
+    assert max(sizes) - min(sizes) <= 1
+    needed = -(-n // max(1, max_tokens // own))
+    if n > 1 and (needed > 1 or n * own >= 24 * at_once):
+        # Shares of fewer than one text each leave some empty.
+        assert len(sizes) % at_once == 0 or len(sizes) == n
+    else:
+        assert len(sizes) == 1
+    assert needed <= len(sizes) <= needed + 2 * at_once
 
 
-@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
-def test_widest_first_and_one_width_in_order(n_tokens: list[int], max_tokens: int, max_size: int | None) -> None:
-    order = [index for batch in plan(n_tokens, max_tokens, max_size) for index in batch]
-    assert order == sorted(range(len(n_tokens)), key=lambda index: (-width(n_tokens, [index]), index))
+@given(n_tokens=lengths, at_once=st.integers(1, 4))
+def test_texts_of_similar_length_are_shared_out_evenly(n_tokens: list[int], at_once: int) -> None:
+    """By tokens, give or take a text, whatever their number."""
+    n_tokens = [1 + n % (SPREAD - 4) for n in n_tokens]
+    batches = plan(n_tokens, 384, None, at_once, mixed=True)
+    tokens = [sum(widths(n_tokens, batch, mixed=True)) for batch in batches]
+    if sum(tokens) >= 24 * at_once and len(n_tokens) > 4 * at_once:
+        assert len(batches) % at_once == 0
+        assert max(tokens) - min(tokens) <= 2 * SPREAD
+        assert len(batches) < sum(tokens) / 384 + 2 * at_once
+
+
+@given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds, mixed=st.booleans())
+def test_widest_first_and_one_width_in_order(
+    n_tokens: list[int], max_tokens: int, max_size: int | None, mixed: bool
+) -> None:
+    order = [index for batch in plan(n_tokens, max_tokens, max_size, mixed=mixed) for index in batch]
+    assert order == sorted(range(len(n_tokens)), key=lambda index: (-widths(n_tokens, [index], mixed=mixed)[0], index))
 
 
 @given(n_tokens=lengths, max_tokens=token_bounds, max_size=size_bounds)
@@ -90,6 +111,19 @@ def test_no_texts_no_batches() -> None:
 )
 def test_plans(n_tokens: list[int], max_tokens: int, max_size: int | None, expected: list[list[int]]) -> None:
     assert plan(n_tokens, max_tokens, max_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "at_once", "expected"),
+    [
+        pytest.param([12, 5, 27], 1, [[2, 0, 1]], id="several widths share a batch"),
+        pytest.param([12, 5, 40], 1, [[2], [0, 1]], id="unless they are far apart"),
+        pytest.param([12, 5, 27, 11], 2, [[2], [0, 3, 1]], id="a thread each"),
+        pytest.param([12, 12], 2, [[0, 1]], id="too little for a thread each"),
+    ],
+)
+def test_mixed_plans(n_tokens: list[int], at_once: int, expected: list[list[int]]) -> None:
+    assert plan(n_tokens, 384, None, at_once, mixed=True) == expected
 
 
 def test_the_input_stays_as_it_was() -> None:

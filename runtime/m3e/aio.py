@@ -79,8 +79,8 @@ class JobAwaiter:
 class AsyncEncoder:
     """Embeds for many tasks at once: ``async with AsyncEncoder(bundle) as encoder: await encoder.encode(text)``.
 
-    A lone task waits for nobody. While as many batches run as the encoder has threads, texts gather, and those of one
-    attention width share the next. A cancelled task's texts are not run. Long texts are tokenised in a thread, so the
+    A lone task waits for nobody. While as many batches run as the encoder has threads, texts gather, and those of
+    similar length share the next. A cancelled task's texts are not run. Long texts are tokenised in a thread, so the
     loop stays free.
 
     Args:
@@ -183,6 +183,7 @@ class AsyncEncoder:
             [encoder.embed] * encoder.batches_at_once,
             dim=encoder.get_sentence_embedding_dimension(),
             max_batch_tokens=encoder.max_batch_tokens,
+            mixed=encoder.mixes_widths,
             max_queue_tokens=self._max_queue_tokens,
             max_queue_ms=self._max_queue_ms,
             deliver=self._awaiter.deliver,

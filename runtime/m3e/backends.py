@@ -41,17 +41,19 @@ class AnySession(Protocol):
         threads: How many batches to run at once.
         window: How many texts to tokenise while others run; None for all of them before any.
         max_batch_tokens: How large a batch is best at most: texts x the longest one's tokens.
+        mixed: Whether texts of several widths may share a batch.
     """
 
     device: str
     threads: int
     window: int | None
     max_batch_tokens: int
+    mixed: bool
 
     def plan(
-        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
+        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None, at_once: int = 1
     ) -> Iterator[npt.NDArray[np.intp]]:
-        """Group texts into batches for `run`."""
+        """Group texts into batches for `run`, of which so many run at once."""
 
     def run(self, input_ids: list[list[int]], *, prompt_length: int = 0) -> Float32Array:
         """Run one batch, the first ``prompt_length`` tokens of each text not pooled: float32 (batch, dim)."""
@@ -111,7 +113,7 @@ def open_session(
     data = bundle.read_graph(graph)
     if device == "cpu":
         beside = runs_side_by_side(len(data), bundle.manifest.model, num_threads, max_memory_mb)
-        return Session(data, num_threads=num_threads, side_by_side=beside)
+        return Session(data, num_threads=num_threads, side_by_side=beside, mixed=sums_whole_numbers(graph))
     packed = "com.microsoft::PackedMultiHeadAttention" in graph.ops
     traced = graph.target == "cuda" and not packed
     return CudaSession(
@@ -122,6 +124,11 @@ def open_session(
         feed=pack if packed else rectangle if traced else pad,
         cuda_graphs=packed,
     )
+
+
+def sums_whole_numbers(graph: Graph) -> bool:
+    """Whether the graph's attention is in integers, whose sums are the same whatever the width."""
+    return graph.precision == "int8" and not {"Softmax", "com.microsoft::MultiHeadAttention"}.intersection(graph.ops)
 
 
 class Engines:

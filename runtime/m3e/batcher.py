@@ -23,12 +23,12 @@ class Batcher:
     """Embeds for many threads at once. A context manager; without it, call `close`.
 
     A lone caller waits for nobody. While as many batches run as the encoder has threads, texts gather, and those of
-    one attention width share the next.
+    similar length share the next.
 
     Args:
         encoder: An encoder, or a bundle's folder to open one on.
         max_queue_tokens: Bound on the tokens that wait.
-        max_batch_tokens: Bound on a batch, texts x width; None for what the device is fastest with.
+        max_batch_tokens: Bound on a batch, each text widened to its width; None for what the device is fastest with.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Batcher:
             dim=self.encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=max_queue_tokens,
             max_batch_tokens=max_batch_tokens or self.encoder.max_batch_tokens,
+            mixed=self.encoder.mixes_widths,
         )
 
     def encode(

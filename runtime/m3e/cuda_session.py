@@ -36,6 +36,7 @@ class CardSession:
 
     threads = 2  # while one waits for Python, the card works for the other
     window: int | None = 2048
+    mixed = True  # the plan sorts by length and bounds the pads
 
     def __init__(self, device_id: int, dim: int, max_batch_tokens: int) -> None:
         self.max_batch_tokens = max_batch_tokens
@@ -134,7 +135,7 @@ class CudaSession(CardSession):
                 warnings.warn(f"CUDA graphs are off, small batches take longer: {error}", RuntimeWarning, stacklevel=2)
 
     def plan(
-        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
+        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None, at_once: int = 1
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`, sized to the card's memory."""
         most_rows = self._most_rows if max_batch_size is None else min(self._most_rows, max_batch_size)

@@ -337,6 +337,11 @@ class Encoder:
         return self._running.session.max_batch_tokens
 
     @property
+    def mixes_widths(self) -> bool:
+        """Whether texts of several attention widths share a batch, with the same vectors as alone."""
+        return self._running.session.mixed
+
+    @property
     def engine_build(self) -> EngineBuild | None:
         """TensorRT's engines that are being built: ``state`` says how far they are, ``wait()`` waits for them."""
         return self._running.engine_build
@@ -372,7 +377,7 @@ class Encoder:
             start = 0
             for tokens in ahead(self._tokenizer, windows) if len(windows) > 1 else map(self._tokenizer, windows):
                 truncations.add(tokens)
-                for rows in session.plan(tokens.n_tokens, batch_size):
+                for rows in session.plan(tokens.n_tokens, batch_size, session.threads):
                     yield rows + start, [tokens.input_ids[row] for row in rows]
                 start += len(tokens.n_tokens)
 

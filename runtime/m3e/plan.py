@@ -9,63 +9,104 @@ import numpy.typing as npt
 
 # A batch on the CPU: activations of so many tokens stay in a core's own cache.
 MAX_BATCH_TOKENS = 384
-# Texts of up to so many tokens are widened to a multiple of _BUCKET; longer ones share a batch with their equals.
+# Where attention depends on the width that it sees, texts of up to so many tokens are widened to a multiple of
+# _BUCKET; longer ones share a batch with their equals.
 _BUCKET = 4
 LONGEST_BUCKET = 64
+# Where it does not, texts may share a batch whose widths differ by so many tokens. Only attention works on the pads.
+SPREAD = 24
+# Tokens from which on a batch is worth a thread of its own.
+_WORTH_A_THREAD = 24
 
 
 def plan_batches(
-    n_tokens: npt.NDArray[np.int64], max_batch_tokens: int, max_batch_size: int | None = None, at_once: int = 1
+    n_tokens: npt.NDArray[np.int64],
+    max_batch_tokens: int,
+    max_batch_size: int | None = None,
+    at_once: int = 1,
+    *,
+    mixed: bool = False,
 ) -> Iterator[npt.NDArray[np.intp]]:
-    """Group texts of one attention length into batches under a token budget, longest first.
+    """Group texts of similar width into batches under a token budget, widest first.
 
-    Longest first, because then the largest buffers are allocated once. The batches of one length are of equal size,
-    give or take a text, and as few as the budget and ``at_once`` allow: a few texts keep all threads busy to the end.
+    Widest first, because then the largest buffers are allocated once. Texts that may share batches are spread over
+    them evenly, over as few as the budget and ``at_once`` allow: a few texts keep all threads busy to the end.
 
     Args:
         n_tokens: Token count of each text, int64 (n,).
-        max_batch_tokens: Upper bound on the padded size of a batch, rows x longest row. A single longer
+        max_batch_tokens: Upper bound on the tokens of a batch, each text widened to its own width. A single longer
             text still gets a batch of its own.
         max_batch_size: Upper bound on the rows of a batch; None for no other bound than the tokens.
-        at_once: How many batches run at once: where one length needs several, it gets a multiple of this, if it has
-            so many texts.
+        at_once: How many batches run at once: where there is work for so many, their number is a multiple of it.
+        mixed: Whether texts of several widths may share a batch.
 
     Yields:
         Indices into ``n_tokens``, intp (batch,), each index exactly once over all batches.
     """
-    lengths = attention_length(n_tokens)
-    for length in np.unique(lengths)[::-1]:
-        group = np.flatnonzero(lengths == length)
-        rows = max(1, max_batch_tokens // int(length))
+    if len(n_tokens) == 1:  # what follows takes a lone text longer than an operator of the graph
+        yield np.zeros(1, dtype=np.intp)
+        return
+    widths = attention_length(n_tokens, mixed=mixed)
+    order = np.argsort(-widths, kind="stable")
+    widths = widths[order]
+    start = 0
+    while start < len(order):
+        widest = int(widths[start])
+        stop = int(np.searchsorted(-widths, SPREAD - widest if mixed else -widest, side="right"))
+        own = widths[start:stop]
+        n_batches = -(-int(own.sum()) // max(max_batch_tokens, widest))
         if max_batch_size is not None:
-            rows = min(rows, max_batch_size)
-        n_batches = -(-len(group) // rows)
-        if n_batches > 1:
-            n_batches = min(-(-n_batches // at_once) * at_once, len(group))
-        yield from np.array_split(group, n_batches)
+            n_batches = max(n_batches, -(-len(own) // max_batch_size))
+        if n_batches > 1 or own.sum() >= _WORTH_A_THREAD * at_once:
+            n_batches = -(-n_batches // at_once) * at_once
+        for batch in np.split(order[start:stop], _even_cuts(own, max_batch_tokens, n_batches, at_once)):
+            if len(batch):
+                yield from np.array_split(batch, -(-len(batch) // (max_batch_size or len(batch))))
+        start = stop
 
 
-def attention_length(n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _even_cuts(widths: npt.NDArray[np.int64], most: int, n_batches: int, step: int) -> npt.NDArray[np.intp]:
+    """Cut a row of texts into equal shares of their tokens, or into ``step`` more of them until none has too many.
+
+    Each text goes to the share in which its middle lies, so a share may be empty. A single text may be too long.
+    """
+    ends = np.cumsum(widths)
+    while True:
+        shares = np.arange(1, n_batches) * (ends[-1] / n_batches)
+        cuts: npt.NDArray[np.intp] = np.searchsorted(ends - widths // 2, shares)
+        n_texts = np.diff(cuts, prepend=0, append=len(widths))
+        n_tokens = np.diff(ends[cuts - 1] * (cuts > 0), prepend=0, append=ends[-1])
+        if ((n_tokens <= most) | (n_texts <= 1)).all():
+            return cuts
+        n_batches += step
+
+
+def attention_length(n_tokens: npt.NDArray[np.int64], *, mixed: bool = False) -> npt.NDArray[np.int64]:
     """Give the width of the rectangle that attention sees for texts of these token counts.
 
-    It depends on the text alone, and only texts of one width share a batch. So attention does the same arithmetic
-    in the same order whoever the neighbours are; every other operation sees one token at a time. Short texts
-    are widened a little, that enough of them meet; past 64 tokens a text fills a batch without company.
+    In floating point it depends on the text alone, and only texts of one width share a batch. So attention does the
+    same arithmetic in the same order whoever the neighbours are; every other operation sees one token at a time. Short
+    texts are widened a little, that enough of them meet; past 64 tokens a text fills a batch without company.
+
+    Attention on whole numbers gives the same to the last bit whatever the width, and so does pooling where the width is
+    a multiple of 4, because onnxruntime's product of a vector and a matrix adds four rows at a time.
 
     Args:
         n_tokens: int64 (n,).
+        mixed: Whether texts of several widths may share a batch.
 
     Returns:
         int64 (n,), each at least its token count.
     """
     n_tokens = np.maximum(n_tokens, 1)
-    return np.where(n_tokens <= LONGEST_BUCKET, -(-n_tokens // _BUCKET) * _BUCKET, n_tokens)
+    widened = -(-n_tokens // _BUCKET) * _BUCKET
+    return widened if mixed else np.where(n_tokens <= LONGEST_BUCKET, widened, n_tokens)
 
 
-def attention_width(n_tokens: int) -> int:
+def attention_width(n_tokens: int, *, mixed: bool = False) -> int:
     """Give `attention_length` of one text; an array costs a request more than its width is worth."""
     n_tokens = max(n_tokens, 1)
-    return -(-n_tokens // _BUCKET) * _BUCKET if n_tokens <= LONGEST_BUCKET else n_tokens
+    return -(-n_tokens // _BUCKET) * _BUCKET if mixed or n_tokens <= LONGEST_BUCKET else n_tokens
 
 
 def plan_sorted(

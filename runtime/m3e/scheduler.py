@@ -32,10 +32,11 @@ class Scheduler:
     that fails is halved until the texts that fail are alone; their neighbours get their vectors.
 
     Args:
-        embed: Token ids of texts of one attention width -> float32 (n, dim). Called by one thread at a time for
+        embed: Token ids of texts -> float32 (n, dim). Called by one thread at a time for
             each function.
         dim: Length of a vector.
-        max_batch_tokens: Bound on a batch, texts x width.
+        max_batch_tokens: Bound on a batch, each text widened to its width.
+        mixed: Whether texts of several widths may share a batch.
         max_queue_tokens: Bound on the tokens that wait; a single larger request is let into an empty queue.
         max_queue_ms: Bound on the predicted wait; the first 64 waiting requests are not held to it. None for none.
         deliver: Called by the thread that ran a batch with the jobs that it finished; None calls each job's own
@@ -50,6 +51,7 @@ class Scheduler:
         *,
         dim: int,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        mixed: bool = False,
         max_queue_tokens: int = 262144,
         max_queue_ms: float | None = None,
         deliver: Callable[[list[Job]], None] | None = None,
@@ -64,7 +66,7 @@ class Scheduler:
         self._deliver = deliver or _call_each
         self._observe = observe
         self._check_idle = check_idle
-        self._queue = TokenQueue(max_batch_tokens)
+        self._queue = TokenQueue(max_batch_tokens, mixed=mixed)
         self._changed = threading.Condition()
         self._turn = _Turn()
         self._tokens_per_s = 0.0

@@ -38,12 +38,14 @@ class Session:
         num_threads: Threads of all calls together. Always set: onnxruntime would count the host's cores and pin
             threads to them, which fails in containers.
         side_by_side: Whether to open the graph for batches side by side as well.
+        mixed: Whether the graph gives a text the same vector whatever the width of the rectangle it lies in.
         feed: Lays token ids out as the graph wants them.
 
     Attributes:
         threads: How many batches to run at once.
         window: How many texts to tokenise while others run.
         max_batch_tokens: How large a batch is best at most.
+        mixed: Whether texts of several widths may share a batch.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -55,9 +57,16 @@ class Session:
     max_batch_tokens = MAX_BATCH_TOKENS
 
     def __init__(
-        self, model: bytes, *, num_threads: int, side_by_side: bool = False, feed: Callable[..., Feeds] = pad
+        self,
+        model: bytes,
+        *,
+        num_threads: int,
+        side_by_side: bool = False,
+        mixed: bool = False,
+        feed: Callable[..., Feeds] = pad,
     ) -> None:
         self._feed = feed
+        self.mixed = mixed
         self.threads = num_threads if side_by_side else 1
         self._alone = _open(model, num_threads)
         self._beside = _open(model, 1) if self.threads > 1 else self._alone
@@ -67,10 +76,10 @@ class Session:
         _return_freed_memory()
 
     def plan(
-        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
+        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None, at_once: int = 1
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches for `run`; see `m3e.plan.plan_batches`."""
-        return plan_batches(n_tokens, self.max_batch_tokens, max_batch_size, self.threads)
+        return plan_batches(n_tokens, self.max_batch_tokens, max_batch_size, at_once, mixed=self.mixed)
 
     def run(
         self,
@@ -95,7 +104,7 @@ class Session:
             InferenceError: onnxruntime failed, or gave a value that is not finite.
         """
         if seq_len is None:
-            seq_len = attention_width(max(map(len, input_ids)))
+            seq_len = attention_width(max(map(len, input_ids)), mixed=self.mixed)
         inputs = self._feed(input_ids, seq_len)
         if prompt_length:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)

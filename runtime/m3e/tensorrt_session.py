@@ -126,7 +126,7 @@ class TensorrtSession(CardSession):
             self.run_profile(number - 1, [[0] * profile.seq_len[0]])  # what a first run sets up is no request's wait
 
     def plan(
-        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None
+        self, n_tokens: npt.NDArray[np.int64], max_batch_size: int | None = None, at_once: int = 1
     ) -> Iterator[npt.NDArray[np.intp]]:
         """Group texts into batches that one engine serves each."""
         return plan_sorted(n_tokens, self.max_batch_tokens, max_batch_size, self._edges)

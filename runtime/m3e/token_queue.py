@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import DeadlineError, M3EError
-from m3e.plan import attention_width
+from m3e.plan import SPREAD, attention_width
 
 Float32Array = npt.NDArray[np.float32]
 Priority = Literal["interactive", "bulk"]
@@ -108,13 +108,18 @@ class _Lane:
 class TokenQueue:
     """Waiting jobs, bounded by nobody here but counted in tokens.
 
+    Args:
+        max_batch_tokens: Bound on a batch, each text widened to its width. A single longer text still gets a batch.
+        mixed: Whether texts of several widths may share a batch.
+
     Attributes:
         n_tokens: Tokens that wait.
         n_jobs: Requests of which at least one text waits.
     """
 
-    def __init__(self, max_batch_tokens: int) -> None:
+    def __init__(self, max_batch_tokens: int, *, mixed: bool = False) -> None:
         self._max_batch_tokens = max_batch_tokens
+        self._mixed = mixed
         self._lanes: dict[str, _Lane] = {priority: _Lane() for priority in PRIORITIES}
         self._interactive_in_a_row = 0
         self.n_tokens = 0
@@ -124,7 +129,7 @@ class TokenQueue:
         """Let a job's texts wait."""
         lane = self._lanes[job.priority]
         for row, ids in enumerate(job.input_ids):
-            lane.add(Item(job, row, attention_width(len(ids))))
+            lane.add(Item(job, row, attention_width(len(ids), mixed=self._mixed)))
         job.n_waiting_tokens = job.n_tokens
         self.n_tokens += job.n_tokens
         self.n_jobs += 1
@@ -141,7 +146,7 @@ class TokenQueue:
                 lane.by_width.clear()
 
     def take(self, now: float) -> tuple[list[Item], list[Job]]:
-        """Take the next batch: the oldest text and others of its attention width, from both lanes.
+        """Take the next batch: the oldest text and others of its width or, where they may, close to it, of both lanes.
 
         Returns:
             The batch, empty if nothing waits; and jobs whose deadline had passed, now done with `DeadlineError`.
@@ -163,9 +168,13 @@ class TokenQueue:
             return [], expired
         lane = self._lanes[head.job.priority]
         other = self._lanes["bulk" if head.job.priority == "interactive" else "interactive"]
-        n_rows = max(1, self._max_batch_tokens // head.width)
-        batch = lane.companions(head.width, n_rows, expire)
-        batch += other.companions(head.width, n_rows - len(batch), expire)
+        batch: list[Item] = []
+        left = max(self._max_batch_tokens, head.width)
+        for width in self._widths(head.width):
+            for source in (lane, other):
+                found = source.companions(width, left // width, expire)
+                batch += found
+                left -= width * len(found)
         for item in batch:
             job, length = item.job, len(item.ids)
             job.n_waiting_tokens -= length
@@ -177,6 +186,13 @@ class TokenQueue:
         """Every job of which a text waits."""
         items = [item for lane in self._lanes.values() for item in lane.arrivals if not _dead(item)]
         return list(dict.fromkeys(item.job for item in items))
+
+    def _widths(self, head: int) -> list[int]:
+        """Widths that may join a text's, nearest first: no two of them further apart than `SPREAD`."""
+        if not self._mixed:
+            return [head]
+        waiting = {width for lane in self._lanes.values() for width in lane.by_width}
+        return sorted((w for w in waiting if abs(w - head) <= SPREAD // 2), key=lambda w: (abs(w - head), w))
 
     def _next(self) -> Item | None:
         interactive, bulk = self._lanes["interactive"].oldest(), self._lanes["bulk"].oldest()

@@ -81,6 +81,7 @@ class Model:
             self.worker.embedders(),
             dim=self.dim,
             max_batch_tokens=self.worker.max_batch_tokens,
+            mixed=self.worker.mixed,
             max_queue_tokens=settings.max_queue_tokens,
             max_queue_ms=settings.max_queue_ms or None,
             deliver=awaiter.deliver,

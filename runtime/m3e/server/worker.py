@@ -66,6 +66,7 @@ class Worker:
         precision: Of the graph that runs.
         device: What it runs on.
         max_batch_tokens: Size of the largest batch.
+        mixed: Whether texts of several widths may share a batch.
 
     Raises:
         StartError: The process could not open the bundle; the message says why.
@@ -95,7 +96,7 @@ class Worker:
         self.n_restarts = 0
         self._wanted_device = device
         self.precision = self.device = ""
-        self.max_batch_tokens, self._batches_at_once = max_batch_tokens, 0
+        self.max_batch_tokens, self.mixed, self._batches_at_once = max_batch_tokens, False, 0
         self.patience_s = self.doubt_s = _START_TIMEOUT_S
         self._since = [0.0] * self._n_channels
         self._process: subprocess.Popen[bytes]
@@ -221,7 +222,8 @@ class Worker:
         self.precision, self.device = hello["precision"], hello["device"]
         if self._wanted_device == "auto":
             self._wanted_device = self.device  # its successors run there too, or not at all
-        self.max_batch_tokens, self._batches_at_once = hello["max_batch_tokens"], hello["batches_at_once"]
+        self.max_batch_tokens, self.mixed = hello["max_batch_tokens"], hello["mixed"]
+        self._batches_at_once = hello["batches_at_once"]
         self.patience_s = max(_PATIENCE_FLOOR_S, _PATIENCE_FACTOR * hello["slowest_batch_s"])
         self.doubt_s = max(_PATIENCE_FLOOR_S, _DOUBT_FACTOR * hello["slowest_batch_s"])
         for channel in self._channels:
@@ -272,6 +274,7 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
             "precision": encoder.precision,
             "device": encoder.device,
             "max_batch_tokens": max_batch_tokens,
+            "mixed": encoder.mixes_widths,
             "batches_at_once": encoder.batches_at_once,
             "slowest_batch_s": _warm_up(encoder, max_batch_tokens),
         }
