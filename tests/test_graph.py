@@ -81,6 +81,18 @@ def test_a_row_without_tokens_gives_zeros_and_leaves_its_neighbour_alone(model: 
     assert not embedding[1].any()
 
 
+def test_what_nothing_reads_is_left_out() -> None:
+    builder = GraphBuilder({"input_ids": RECTANGLE, "attention_mask": RECTANGLE})
+    unread = builder.op("Add", "input_ids", builder.const("unread", 7, np.int64))
+    builder.op("Neg", unread)
+    read = builder.op("Cast", "input_ids", to=onnx.TensorProto.FLOAT)
+    condition = builder.op("Equal", builder.op("ReduceMax", "attention_mask", keepdims=0), builder.const("one", 1))
+    chosen = builder.choose(condition, lambda: builder.op("Neg", read), lambda: builder.op("Abs", read))
+    graph = builder.finish({"y": (chosen, ["batch", "seq_len"])}).graph
+    assert [node.op_type for node in graph.node] == ["Cast", "ReduceMax", "Equal", "If", "Identity"]
+    assert [tensor.name for tensor in graph.initializer] == ["one"]
+
+
 def test_an_initializers_name_stands_for_one_value() -> None:
     builder = GraphBuilder({"input_ids": RECTANGLE})
     assert builder.const("one", 1, np.int64) == builder.const("one", 1, np.int64) == "one"

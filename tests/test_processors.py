@@ -82,7 +82,8 @@ def test_the_canary_refuses_saturated_sums(bundle: Path) -> None:
     Encoder(bundle, precision=AVX2)
 
 
-@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="VNNI is x86's")
 def test_an_emulated_processor_without_vnni(bundle: Path, record_property: Callable[[str, str], None]) -> None:
     """In one process, because importing numpy and onnxruntime takes the emulator minutes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class GraphBuilder:
         self.initializers |= {initializer.name: initializer for initializer in initializers}
 
     def finish(self, outputs: dict[str, tuple[str, list[int | str]]]) -> onnx.ModelProto:
-        """Close the graph.
+        """Close the graph, without what nothing reads.
 
         Args:
             outputs: For each output of the graph, the value it shows and its shape; all float32.
@@ -102,8 +102,10 @@ class GraphBuilder:
         self._scope = ""
         for output, (value, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [output], name=output))
+        nodes = list(_needed(self.nodes, set(outputs)))[::-1]
+        read = {*reads(nodes)}
         graph = helper.make_graph(
-            self.nodes,
+            nodes,
             "m3e",
             [helper.make_tensor_value_info(name, dtype, shape) for name, (dtype, shape) in self._inputs.items()]
             + self._optional_inputs,
@@ -111,7 +113,7 @@ class GraphBuilder:
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()
             ],
-            list(self.initializers.values()),
+            [initializer for name, initializer in self.initializers.items() if name in read],
         )
         model = helper.make_model(
             graph,
@@ -121,6 +123,14 @@ class GraphBuilder:
         )
         onnx.checker.check_model(model)
         return model
+
+
+def _needed(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> Iterator[onnx.NodeProto]:
+    """Give the nodes that some values depend on, last first; onnxruntime would run the others too."""
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(reads([node]))
+            yield node
 
 
 def reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

@@ -31,6 +31,8 @@ class Packing:
 
     Attributes:
         token_index: int64 (T,), position of each real token in the flattened rectangle.
+        place: int64 (T,), its column.
+        seq_len: int64 (1,), the number of columns.
         cell_index: int64 (batch, seq_len), the packed token that stands in each cell of the rectangle.
         mask: int32 (batch, seq_len), 1 for real tokens.
         full: bool (), whether there are no pads, and texts are so long that the runtime never gives them any.
@@ -38,6 +40,8 @@ class Packing:
     """
 
     token_index: str
+    place: str
+    seq_len: str
     cell_index: str
     mask: str
     full: str
@@ -173,9 +177,10 @@ def pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, 
     mask = builder.op("Reshape", "attention_mask", builder.int64(-1))
     token_index = builder.op("Reshape", builder.op("NonZero", mask), builder.int64(-1))
     ids = builder.op("Gather", builder.op("Reshape", "input_ids", builder.int64(-1)), token_index)
-    if padding_position is None:
-        positions = builder.op("Mod", token_index, builder.op("Gather", shape, builder.const("one", 1, np.int64)))
-    else:
+    seq_len = builder.op("Slice", shape, builder.int64(1), builder.int64(2))
+    place = builder.op("Mod", token_index, seq_len)
+    positions = place
+    if padding_position is not None:
         # Pad tokens in a text have row 0 and are not counted (transformers: create_position_ids_from_input_ids).
         is_pad = builder.op("Equal", "input_ids", builder.const("pad_token_id", padding_position, np.int64))
         counted = builder.op("Cast", builder.op("Not", is_pad), to=onnx.TensorProto.INT64)
@@ -190,12 +195,15 @@ def pack(builder: GraphBuilder, padding_position: int | None) -> tuple[Packing, 
     mask32 = builder.op("Cast", "attention_mask", to=onnx.TensorProto.INT32)
     one = builder.const("one", 1, np.int64)
     no_pads = builder.op("Equal", builder.op("ReduceMin", "attention_mask", keepdims=0), one)
-    is_long = builder.op(
-        "Greater", builder.op("Gather", shape, one), builder.const("longest_bucket", LONGEST_BUCKET, np.int64)
-    )
+    n_columns = builder.op("Gather", shape, one)
+    is_long = builder.op("Greater", n_columns, builder.const("longest_bucket", LONGEST_BUCKET, np.int64))
     full = builder.op("And", no_pads, is_long)
     rectangle = builder.op("Concat", shape, builder.int64(-1), axis=0)
-    return Packing(token_index, cell_index, mask32, full, rectangle), ids, positions
+    packing = Packing(
+        token_index=token_index, place=place, seq_len=seq_len, cell_index=cell_index, mask=mask32, full=full,
+        shape=rectangle,
+    )  # fmt: skip
+    return packing, ids, positions
 
 
 def _position_bias(builder: GraphBuilder, checkpoint: Checkpoint) -> str:

@@ -131,12 +131,13 @@ class Int8Steps(GraphSteps):
         self._query_rows = b.op("Add", b.op("Mul", cells, b.int64(n_heads)), heads)
         self._key_rows = b.op("Add", b.op("Mul", cells, b.int64(2 * n_heads)), heads)
         self._value_rows = b.op("Add", self._key_rows, b.int64(n_heads))
-        seq_len = b.op("Slice", b.op("Shape", "attention_mask"), b.int64(1), b.int64(2))
-        place = b.op("Mod", packing.token_index, seq_len)
-        first = b.op("Add", b.op("Mul", b.op("Sub", packing.token_index, place), b.int64(n_heads)), place)
-        by_head = b.op("Mul", b.const("heads_row", np.arange(n_heads), np.int64), seq_len)
+        row = b.op("Sub", packing.token_index, packing.place)
+        first = b.op("Add", b.op("Mul", row, b.int64(n_heads)), packing.place)
+        by_head = b.op("Mul", b.const("heads_row", np.arange(n_heads), np.int64), packing.seq_len)
         self._context_rows = b.op("Add", b.op("Unsqueeze", first, b.int64(1)), by_head)
-        self._ones = b.op("Expand", b.const("level_one", [[1]], np.int8), b.op("Concat", seq_len, b.int64(1), axis=0))
+        self._ones = b.op(
+            "Expand", b.const("level_one", [[1]], np.int8), b.op("Concat", packing.seq_len, b.int64(1), axis=0)
+        )
         pads = b.op("Sub", b.op("Cast", "attention_mask", to=FLOAT), self._one)  # -1 at pads
         lowest = b.op("Mul", pads, b.const("lowest", 1e9, np.float32))
         self._mask = b.op("Unsqueeze", lowest, b.int64(1, 2))

@@ -73,8 +73,8 @@ class Tokenizer:
         input_ids: list[list[int]] = []
         n_tokens_full = np.empty(len(texts), dtype=np.int64)
         keep = self.max_seq_length - self._n_suffix
-        cut = (self._cut_long(text, i) for i, text in enumerate(texts))
-        for chunk in _chunks(cut):
+        cut = [self._cut_long(text, i) for i, text in enumerate(texts)]
+        for chunk in _chunks(cut) if len(cut) > 1 else [cut]:
             for encoding in self._encode(chunk, len(input_ids)):
                 ids = encoding.ids
                 n_tokens_full[len(input_ids)] = len(ids)

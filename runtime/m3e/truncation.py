@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import numpy as np
-
 from m3e.tokenizer import TokenIds
 
 
@@ -27,7 +25,7 @@ class Truncations:
 
     def add(self, tokens: TokenIds) -> None:
         """Count the next texts."""
-        cut = np.flatnonzero(tokens.n_tokens_full > tokens.n_tokens)
+        (cut,) = (tokens.n_tokens_full > tokens.n_tokens).nonzero()
         if len(cut) and self._first is None:
             self._first = self._seen + int(cut[0]), int(tokens.n_tokens_full[cut[0]])
         self._count += len(cut)

@@ -76,7 +76,7 @@ GOALS = (
          Proof(("tests/test_accuracy.py::test_a_trained_model_loses_little",), long=1)),
     Goal("B7", "INT8 on processors with and without VNNI; saturating builds found", "<= 0.3 points; 100 %",
          Proof(("tests/test_processors.py::test_an_emulated_processor_without_vnni",
-                "tests/test_accuracy.py::test_weights_of_seven_bits_rank_as_those_of_eight"), long=1)),
+                "tests/test_accuracy.py::test_weights_of_seven_bits_rank_as_those_of_eight"), soak=1)),
     Goal("B8", "bundles of the neighbouring versions", "equal or refused",
          Proof(("tests/test_manifest.py::test_another_format_version_is_refused",), quick=1)),
     Goal("B9", "hostile weights: neither finite vectors nor an error of ours", "0"),

@@ -118,6 +118,6 @@ def measure(count: int) -> Outcome:
 FIGURES = (
     Figure(
         "D6", "limits of memory with another outcome than a right answer, a clean error or the libraries' own end", "0",
-        measure, quick=4, long=60, soak=150,
+        measure, quick=4, long=40, soak=150,
     ),
 )  # fmt: skip

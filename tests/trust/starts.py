@@ -134,7 +134,7 @@ def measure_hashing(count: int) -> Outcome:
 FIGURES = (
     Figure(
         "C10", "starts that said ready before the golden texts were right", "0 of 200",
-        measure_starts, quick=4, long=10, soak=200,
+        measure_starts, quick=4, long=6, soak=200,
     ),
     Figure(
         "E6", "share of hashing in a cold load of M3E-small's shape", "<= 10 %", measure_hashing, long=5, soak=15,
