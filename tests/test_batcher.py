@@ -107,6 +107,7 @@ def test_every_text_is_taken_once_in_batches_of_similar_width_under_the_budget(
         widths = [item.width for item in batch]
         assert max(widths) - min(widths) <= (SPREAD if mixed else 0)
         assert len(batch) == 1 or sum(widths) <= budget
+        assert len(batch) == 1 or max(widths) * len(widths) <= 2 * budget
         seen += [(id(item.job), item.row) for item in batch]
     assert sorted(seen) == sorted((id(item), row) for item in live for row in range(len(item.input_ids)))
     assert (queue.n_tokens, queue.n_jobs) == (0, 0)
@@ -127,7 +128,15 @@ def test_texts_of_other_widths_join_the_nearest_first() -> None:
     for item in jobs:
         queue.add(item)
     led = [[jobs.index(item.job) for item in queue.take(0.0)[0]] for _ in range(3)]
-    assert led == [[0, 5, 2, 4], [1, 3], [6]]  # 33 tokens are too far from 20, and 28 do not fit any more
+    assert led == [[0, 5, 2, 4], [1, 3], [6]]  # 28 do not fit any more
+
+
+def test_interactive_neighbours_of_other_widths_go_before_bulk() -> None:
+    queue = TokenQueue(64, mixed=True)
+    jobs = [job(20, 20, 20, priority="bulk"), job(20), job(24), job(16)]
+    for item in jobs:
+        queue.add(item)
+    assert [jobs.index(item.job) for item in queue.take(0.0)[0]] == [1, 3, 2]
 
 
 def test_interactive_goes_first_and_bulk_does_not_starve() -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from m3e import CertificateError, Encoder, ExportError
+from benchmarks.server_process import running
+from m3e import AsyncEncoder, Batcher, CertificateError, Encoder, ExportError
 from m3e.bundle import Bundle
 from m3e.cpu import cpu_features
 from m3e.plan import SPREAD, attention_length
@@ -169,6 +173,34 @@ def test_no_vector_depends_on_the_width_to_the_last_bit_so_texts_of_several_widt
         for width in range(-(-n_tokens // 4) * 4, n_tokens + SPREAD + 4, 4):
             neighbour = rng.integers(1000, 20000, width).tolist()
             np.testing.assert_array_equal(session.run([neighbour, text, neighbour], width)[1], alone)
+
+
+@pytest.mark.parametrize(("precision", "n_batches"), [("int8", 1), ("fp32", 3)])
+def test_whoever_shares_batches_does_so_by_what_the_graph_bears(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, precision: str, n_batches: int
+) -> None:
+    encoder = Encoder(bundle, precision=precision, num_threads=1)
+    texts = ["天" * n for n in (5, 12, 19)]
+    expected = np.stack([encoder.encode(text) for text in texts])
+    seen, embed = list[int](), encoder.embed
+
+    def counting(input_ids: Sequence[list[int]]) -> Array:
+        seen.append(len(input_ids))
+        return embed(input_ids)
+
+    async def shared() -> Array:
+        async with AsyncEncoder(encoder) as shared:
+            return await shared.encode(texts)
+
+    monkeypatch.setattr(encoder, "embed", counting)
+    with Batcher(encoder) as batcher:
+        np.testing.assert_array_equal(batcher.encode(texts), expected)
+    np.testing.assert_array_equal(asyncio.run(shared()), expected)
+    assert len(seen) == 2 * n_batches
+    with running(bundle, "--precision", precision, "--threads", "1") as server:
+        found = server.post("/embed", {"inputs": texts, "normalize": False})
+        assert f"m3e_batch_texts_count {n_batches}.0" in server.get("/metrics").body.decode()
+    np.testing.assert_allclose(unit(np.array(json.loads(found.body))), unit(expected), atol=1e-6)
 
 
 def test_sites_that_are_kept_stay_fp32(

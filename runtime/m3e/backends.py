@@ -40,7 +40,7 @@ class AnySession(Protocol):
         device: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: How many batches to run at once.
         window: How many texts to tokenise while others run; None for all of them before any.
-        max_batch_tokens: How large a batch is best at most: texts x the longest one's tokens.
+        max_batch_tokens: How large a batch is best at most: tokens, each text widened to its width.
         mixed: Whether texts of several widths may share a batch.
     """
 
@@ -128,7 +128,8 @@ def open_session(
 
 def sums_whole_numbers(graph: Graph) -> bool:
     """Whether the graph's attention is in integers, whose sums are the same whatever the width."""
-    return graph.precision == "int8" and not {"Softmax", "com.microsoft::MultiHeadAttention"}.intersection(graph.ops)
+    others = {"Softmax", "com.microsoft::MultiHeadAttention"}
+    return graph.batch_invariant and graph.precision == "int8" and not others.intersection(graph.ops)
 
 
 class Engines:

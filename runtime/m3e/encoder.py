@@ -333,12 +333,12 @@ class Encoder:
 
     @property
     def max_batch_tokens(self) -> int:
-        """How large a batch is best at most: texts x the longest one's tokens."""
+        """How large a batch is best at most: tokens, each text widened to its width."""
         return self._running.session.max_batch_tokens
 
     @property
     def mixes_widths(self) -> bool:
-        """Whether texts of several attention widths share a batch, with the same vectors as alone."""
+        """Whether texts of several attention widths share a batch; on the CPU with the same vectors as alone."""
         return self._running.session.mixed
 
     @property

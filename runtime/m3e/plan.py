@@ -15,6 +15,8 @@ _BUCKET = 4
 LONGEST_BUCKET = 64
 # Where it does not, texts may share a batch whose widths differ by so many tokens. Only attention works on the pads.
 SPREAD = 24
+# Times the tokens of a batch that its rectangle may have cells.
+MAX_CELLS = 2
 # Tokens from which on a batch is worth a thread of its own.
 _WORTH_A_THREAD = 24
 
@@ -34,10 +36,11 @@ def plan_batches(
 
     Args:
         n_tokens: Token count of each text, int64 (n,).
-        max_batch_tokens: Upper bound on the tokens of a batch, each text widened to its own width. A single longer
-            text still gets a batch of its own.
+        max_batch_tokens: Upper bound on the tokens of a batch, each text widened to its own width; its rectangle has at
+            most twice as many cells. A single longer text still gets a batch of its own.
         max_batch_size: Upper bound on the rows of a batch; None for no other bound than the tokens.
-        at_once: How many batches run at once: where there is work for so many, their number is a multiple of it.
+        at_once: How many batches run at once: their number is a multiple of it where there is work for so many, and
+            where equal shares keep the bounds.
         mixed: Whether texts of several widths may share a batch.
 
     Yields:
@@ -51,34 +54,38 @@ def plan_batches(
     widths = widths[order]
     start = 0
     while start < len(order):
-        widest = int(widths[start])
-        stop = int(np.searchsorted(-widths, SPREAD - widest if mixed else -widest, side="right"))
-        own = widths[start:stop]
-        n_batches = -(-int(own.sum()) // max(max_batch_tokens, widest))
-        if max_batch_size is not None:
-            n_batches = max(n_batches, -(-len(own) // max_batch_size))
-        if n_batches > 1 or own.sum() >= _WORTH_A_THREAD * at_once:
-            n_batches = -(-n_batches // at_once) * at_once
-        for batch in np.split(order[start:stop], _even_cuts(own, max_batch_tokens, n_batches, at_once)):
+        stop = int(np.searchsorted(-widths, (SPREAD if mixed else 0) - widths[start], side="right"))
+        for batch in np.split(order[start:stop], _cuts(widths[start:stop], max_batch_tokens, max_batch_size, at_once)):
             if len(batch):
                 yield from np.array_split(batch, -(-len(batch) // (max_batch_size or len(batch))))
         start = stop
 
 
-def _even_cuts(widths: npt.NDArray[np.int64], most: int, n_batches: int, step: int) -> npt.NDArray[np.intp]:
-    """Cut a row of texts into equal shares of their tokens, or into ``step`` more of them until none has too many.
-
-    Each text goes to the share in which its middle lies, so a share may be empty. A single text may be too long.
-    """
+def _cuts(
+    widths: npt.NDArray[np.int64], max_tokens: int, max_size: int | None, at_once: int
+) -> npt.NDArray[np.intp] | list[int]:
+    """Cut texts, widest first, into equal shares of their tokens; into full batches where such a share is too large."""
     ends = np.cumsum(widths)
+    full: list[int] = []
+    stop = 0
     while True:
-        shares = np.arange(1, n_batches) * (ends[-1] / n_batches)
-        cuts: npt.NDArray[np.intp] = np.searchsorted(ends - widths // 2, shares)
-        n_texts = np.diff(cuts, prepend=0, append=len(widths))
-        n_tokens = np.diff(ends[cuts - 1] * (cuts > 0), prepend=0, append=ends[-1])
-        if ((n_tokens <= most) | (n_texts <= 1)).all():
-            return cuts
-        n_batches += step
+        start, tokens = stop, int(ends[stop - 1]) if stop else 0
+        stop = min(int(np.searchsorted(ends, tokens + max_tokens, side="right")),
+                   start + MAX_CELLS * max_tokens // int(widths[start]))  # fmt: skip
+        stop = max(stop, start + 1)
+        if stop >= len(widths):
+            break
+        full.append(stop)
+    n_batches = max(len(full) + 1, -(-len(widths) // max_size) if max_size else 1)
+    if n_batches > 1 or ends[-1] >= _WORTH_A_THREAD * at_once:
+        n_batches = -(-n_batches // at_once) * at_once
+    # Each text goes to the share in which its middle lies, so a share may be empty.
+    even: npt.NDArray[np.intp] = np.searchsorted(ends - widths // 2, np.arange(1, n_batches) * (ends[-1] / n_batches))
+    n_texts = np.diff(even, prepend=0, append=len(widths))
+    n_tokens = np.diff(ends[even - 1] * (even > 0), prepend=0, append=ends[-1])
+    widest = widths[np.minimum(np.concatenate(([0], even)), len(widths) - 1)]
+    fits = (n_tokens <= max_tokens) & (n_texts * widest <= MAX_CELLS * max_tokens)
+    return even if (fits | (n_texts <= 1)).all() else full
 
 
 def attention_length(n_tokens: npt.NDArray[np.int64], *, mixed: bool = False) -> npt.NDArray[np.int64]:

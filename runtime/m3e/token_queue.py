@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import DeadlineError, M3EError
-from m3e.plan import SPREAD, attention_width
+from m3e.plan import MAX_CELLS, SPREAD, attention_width
 
 Float32Array = npt.NDArray[np.float32]
 Priority = Literal["interactive", "bulk"]
@@ -109,7 +109,8 @@ class TokenQueue:
     """Waiting jobs, bounded by nobody here but counted in tokens.
 
     Args:
-        max_batch_tokens: Bound on a batch, each text widened to its width. A single longer text still gets a batch.
+        max_batch_tokens: Bound on a batch, each text widened to its width; its rectangle has at most twice as many
+            cells. A single longer text still gets a batch.
         mixed: Whether texts of several widths may share a batch.
 
     Attributes:
@@ -169,12 +170,17 @@ class TokenQueue:
         lane = self._lanes[head.job.priority]
         other = self._lanes["bulk" if head.job.priority == "interactive" else "interactive"]
         batch: list[Item] = []
-        left = max(self._max_batch_tokens, head.width)
-        for width in self._widths(head.width):
-            for source in (lane, other):
-                found = source.companions(width, left // width, expire)
-                batch += found
-                left -= width * len(found)
+        left, narrowest, widest = max(self._max_batch_tokens, head.width), head.width, head.width
+        for source in (lane, other):
+            for width in self._widths(head.width):
+                low, high = min(narrowest, width), max(widest, width)
+                if high - low > SPREAD:
+                    continue
+                n_rows = MAX_CELLS * self._max_batch_tokens // high - len(batch)
+                found = source.companions(width, min(left // width, max(n_rows, not batch)), expire)
+                if found:
+                    batch += found
+                    left, narrowest, widest = left - width * len(found), low, high
         for item in batch:
             job, length = item.job, len(item.ids)
             job.n_waiting_tokens -= length
@@ -188,11 +194,11 @@ class TokenQueue:
         return list(dict.fromkeys(item.job for item in items))
 
     def _widths(self, head: int) -> list[int]:
-        """Widths that may join a text's, nearest first: no two of them further apart than `SPREAD`."""
+        """Widths that may join a text's, nearest first."""
         if not self._mixed:
             return [head]
         waiting = {width for lane in self._lanes.values() for width in lane.by_width}
-        return sorted((w for w in waiting if abs(w - head) <= SPREAD // 2), key=lambda w: (abs(w - head), w))
+        return sorted((w for w in waiting if abs(w - head) <= SPREAD), key=lambda w: (abs(w - head), w))
 
     def _next(self) -> Item | None:
         interactive, bulk = self._lanes["interactive"].oldest(), self._lanes["bulk"].oldest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from m3e.backends import sums_whole_numbers
 from m3e.bundle import Bundle
 from m3e.cache import locate
 from m3e.canary import check_canary
@@ -32,7 +33,7 @@ def _run(parsed: argparse.Namespace) -> None:
         if graph.target != "cpu":
             sys.stdout.write(f"{graph.file}: for {graph.target}, checked when it is opened there\n")
             continue
-        session = Session(bundle.read_graph(graph), num_threads=available_threads())
+        session = Session(bundle.read_graph(graph), num_threads=available_threads(), mixed=sums_whole_numbers(graph))
         difference = check_canary(bundle.manifest, graph, tokenizer, session)
         sys.stdout.write(
             f"{graph.file}: golden texts differ by {difference:.1e} here (allowed {graph.canary_tolerance:.0e})\n"
