@@ -131,6 +131,20 @@ def test_texts_of_other_widths_join_the_nearest_first() -> None:
     assert led == [[0, 5, 2, 4], [1, 3], [6]]  # 28 do not fit any more
 
 
+def test_a_batchs_rectangle_has_at_most_twice_the_budget() -> None:
+    queue = TokenQueue(64, mixed=True)
+    queue.add(job(28, *[4] * 9))
+    assert [len(queue.take(0.0)[0]) for _ in range(2)] == [4, 6]  # 4 rows of 28
+
+
+def test_long_texts_meet_others_where_widths_mix() -> None:
+    for mixed, sizes in ((True, [2, 1]), (False, [1, 1, 1])):
+        queue = TokenQueue(384, mixed=mixed)
+        queue.add(job(101, 103, 200))
+        assert [len(queue.take(0.0)[0]) for _ in sizes] == sizes
+        assert queue.n_jobs == 0
+
+
 def test_interactive_neighbours_of_other_widths_go_before_bulk() -> None:
     queue = TokenQueue(64, mixed=True)
     jobs = [job(20, 20, 20, priority="bulk"), job(20), job(24), job(16)]

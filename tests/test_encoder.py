@@ -164,6 +164,13 @@ def test_truncation_is_reported_and_keeps_the_closing_token(tiny_encoder: Encode
     assert 512 < tiny_encoder.count_tokens(["长" * 20_000], exact=False)[0] < 1000
 
 
+@pytest.mark.parametrize("sentences", ["长" * 600, ["长" * 600], ["长" * 600] * 3], ids=["text", "list", "several"])
+def test_truncation_is_warned_of_where_encode_was_called(tiny_encoder: Encoder, sentences: str | list[str]) -> None:
+    with pytest.warns(TruncationWarning) as found:
+        tiny_encoder.encode(sentences)
+    assert [warning.filename for warning in found] == [__file__]
+
+
 def test_max_seq_length_can_be_lowered(tiny_bundle: Path) -> None:
     encoder = Encoder(tiny_bundle)
     encoder.max_seq_length = 10

@@ -43,10 +43,11 @@ def test_minilm(minilm_checkpoint: Path, minilm_encoder: Encoder, sentences: lis
     ("shape", "stride"),
     [
         ("small", 96),
-        pytest.param("base", 600, marks=pytest.mark.long),
         pytest.param("small", 1, marks=pytest.mark.long),
-        pytest.param("base", 1, marks=pytest.mark.long),
-        pytest.param("large", 4, marks=pytest.mark.long),
+        pytest.param("base", 6, marks=pytest.mark.long),
+        pytest.param("large", 24, marks=pytest.mark.long),
+        pytest.param("base", 1, marks=[pytest.mark.soak, pytest.mark.timeout(3000)]),
+        pytest.param("large", 4, marks=[pytest.mark.soak, pytest.mark.timeout(3000)]),
     ],
 )
 def test_m3e_shapes(shape: str, stride: int, sentences: list[str], data_dir: Path | None, tmp_path: Path) -> None:

@@ -136,6 +136,13 @@ def test_mixed_plans(n_tokens: list[int], at_once: int, expected: list[list[int]
     assert plan(n_tokens, 384, None, at_once, mixed=True) == expected
 
 
+def test_where_equal_shares_are_too_large_batches_are_full() -> None:
+    # Shares of 22 tokens would put the last three together, 32 tokens.
+    assert plan([28, 28, 20, 8, 4], 28, mixed=True) == [[0], [1], [2, 3], [4]]
+    # 384 tokens in all, but a rectangle of 96 x 28; at most 2 x 384 cells are 27 rows.
+    assert [len(batch) for batch in plan([28] + [4] * 89, 384, mixed=True)] == [27, 63]
+
+
 def test_the_input_stays_as_it_was() -> None:
     n_tokens = np.array([3, 9, 1], dtype=np.int64)
     list(plan_batches(n_tokens, 8))
