@@ -138,10 +138,10 @@ def test_a_batchs_rectangle_has_at_most_twice_the_budget() -> None:
 
 
 def test_long_texts_meet_others_where_widths_mix() -> None:
-    for mixed, sizes in ((True, [2, 1]), (False, [1, 1, 1])):
+    for mixed, widths in ((True, [[104, 104], [200]]), (False, [[101], [103], [200]])):
         queue = TokenQueue(384, mixed=mixed)
         queue.add(job(101, 103, 200))
-        assert [len(queue.take(0.0)[0]) for _ in sizes] == sizes
+        assert [[item.width for item in queue.take(0.0)[0]] for _ in widths] == widths
         assert queue.n_jobs == 0
 
 
