@@ -44,8 +44,7 @@ def test_minilm(minilm_checkpoint: Path, minilm_encoder: Encoder, sentences: lis
     [
         ("small", 96),
         pytest.param("small", 1, marks=pytest.mark.long),
-        pytest.param("base", 6, marks=pytest.mark.long),
-        pytest.param("large", 24, marks=pytest.mark.long),
+        pytest.param("base", 24, marks=pytest.mark.long),
         pytest.param("base", 1, marks=[pytest.mark.soak, pytest.mark.timeout(3000)]),
         pytest.param("large", 4, marks=[pytest.mark.soak, pytest.mark.timeout(3000)]),
     ],
