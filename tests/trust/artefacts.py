@@ -137,7 +137,7 @@ def hostile_survivors(load: flips.Load) -> list[str]:
 def measure_exporters(count: int) -> Outcome:
     """So many loads beside two exporters that replace one bundle in turn."""
     loads, swaps, mixed = beside_exporters(count, kills.publish_files, _read)
-    *_, in_place = beside_exporters(max(count, 5000), kills.publish_in_place, kills.contents)  # the first mix ends it
+    *_, in_place = beside_exporters(max(count, 50_000), kills.publish_in_place, kills.contents)  # the first mix ends it
     measured = f"{int(mixed)} of {loads:,} loads during {swaps:,} swaps"
     return Outcome(measured, loads == count and swaps > 1 and not mixed, {"an exporter that writes in place": in_place})
 
