@@ -29,11 +29,12 @@ demo: .venv/demo ## Convert a real model and embed with it (MODEL=moka-ai/m3e-ba
 test: .venv/dev ## Run the tests
 	$(BIN)/python -m pytest -q
 
-test-long: .venv/dev ## Run the tests that need the full data sets or the largest shapes too
+test-long: .venv/dev ## Run the tests that need full data sets or larger shapes too
 	$(BIN)/python -m pytest -q -m "not soak and not interop and not frameworks" --timeout 3000
 
 test-soak: .venv/dev ## Run millions of cases, for hours, and record them (ARGS="A1 --count 100000" for less); see SECURITY.md
 	$(BIN)/python -m tests.scoreboard --run soak $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -m soak tests/test_parity.py)
 
 test-interop: .venv/dev ## Run the other tools of docs/interop.md, and optimum, in environments of their own (pip, npm)
 	$(BIN)/python -m pytest -q -m interop --timeout 1200

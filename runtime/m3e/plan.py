@@ -15,8 +15,8 @@ _BUCKET = 4
 LONGEST_BUCKET = 64
 # Where it does not, texts may share a batch whose widths differ by so many tokens. Only attention works on the pads.
 SPREAD = 24
-# Times the tokens of a batch that its rectangle may have cells.
-MAX_CELLS = 2
+# Cells that the rectangle of a batch may have for each token of the bound.
+CELLS_PER_TOKEN = 2
 # Tokens from which on a batch is worth a thread of its own.
 _WORTH_A_THREAD = 24
 
@@ -46,7 +46,7 @@ def plan_batches(
     Yields:
         Indices into ``n_tokens``, intp (batch,), each index exactly once over all batches.
     """
-    if len(n_tokens) == 1:  # what follows takes a lone text longer than an operator of the graph
+    if len(n_tokens) == 1:  # needs no plan, and most calls of a service that is not busy are of one text
         yield np.zeros(1, dtype=np.intp)
         return
     widths = attention_length(n_tokens, mixed=mixed)
@@ -71,7 +71,7 @@ def _cuts(
     while True:
         start, tokens = stop, int(ends[stop - 1]) if stop else 0
         stop = min(int(np.searchsorted(ends, tokens + max_tokens, side="right")),
-                   start + MAX_CELLS * max_tokens // int(widths[start]))  # fmt: skip
+                   start + CELLS_PER_TOKEN * max_tokens // int(widths[start]))  # fmt: skip
         stop = max(stop, start + 1)
         if stop >= len(widths):
             break
@@ -84,7 +84,7 @@ def _cuts(
     n_texts = np.diff(even, prepend=0, append=len(widths))
     n_tokens = np.diff(ends[even - 1] * (even > 0), prepend=0, append=ends[-1])
     widest = widths[np.minimum(np.concatenate(([0], even)), len(widths) - 1)]
-    fits = (n_tokens <= max_tokens) & (n_texts * widest <= MAX_CELLS * max_tokens)
+    fits = (n_tokens <= max_tokens) & (n_texts * widest <= CELLS_PER_TOKEN * max_tokens)
     return even if (fits | (n_texts <= 1)).all() else full
 
 
@@ -95,8 +95,8 @@ def attention_length(n_tokens: npt.NDArray[np.int64], *, mixed: bool = False) ->
     same arithmetic in the same order whoever the neighbours are; every other operation sees one token at a time. Short
     texts are widened a little, that enough of them meet; past 64 tokens a text fills a batch without company.
 
-    Attention on whole numbers gives the same to the last bit whatever the width, and so does pooling where the width is
-    a multiple of 4, because onnxruntime's product of a vector and a matrix adds four rows at a time.
+    Attention on whole numbers gives the same to the last bit whatever the width. So does pooling where the width is a
+    multiple of 4: with others, onnxruntime's product of a vector and a matrix was seen to differ in the last bit.
 
     Args:
         n_tokens: int64 (n,).

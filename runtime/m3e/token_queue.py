@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3e.errors import DeadlineError, M3EError
-from m3e.plan import MAX_CELLS, SPREAD, attention_width
+from m3e.plan import CELLS_PER_TOKEN, SPREAD, attention_width
 
 Float32Array = npt.NDArray[np.float32]
 Priority = Literal["interactive", "bulk"]
@@ -170,14 +170,15 @@ class TokenQueue:
         lane = self._lanes[head.job.priority]
         other = self._lanes["bulk" if head.job.priority == "interactive" else "interactive"]
         batch: list[Item] = []
-        left, narrowest, widest = max(self._max_batch_tokens, head.width), head.width, head.width
+        most, narrowest, widest = max(self._max_batch_tokens, head.width), head.width, head.width
+        left = most
         for source in (lane, other):
             for width in self._widths(head.width):
                 low, high = min(narrowest, width), max(widest, width)
                 if high - low > SPREAD:
                     continue
-                n_rows = MAX_CELLS * self._max_batch_tokens // high - len(batch)
-                found = source.companions(width, min(left // width, max(n_rows, not batch)), expire)
+                n_rows = CELLS_PER_TOKEN * most // high - len(batch)
+                found = source.companions(width, min(left // width, n_rows), expire)
                 if found:
                     batch += found
                     left, narrowest, widest = left - width * len(found), low, high

@@ -34,7 +34,7 @@ def usage() -> dict[str, int]:
 
     Bytes are its own, as proc(5) counts them: RssAnon and VmSwap. Pages of files come and go as the system likes: one
     that drops them while a harness warms up and reads them back later would make every process seem to leak. Nor does
-    memory count that is free and that glibc keeps for itself, ten megabytes at one moment and none at the next.
+    memory count that is free and that glibc keeps for itself, megabytes at one moment and none at the next.
     """
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
