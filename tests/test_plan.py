@@ -53,14 +53,17 @@ def test_every_index_exactly_once_under_the_budgets(
         assert max_size is None or len(batch) <= max_size
 
 
-@given(n=st.integers(1, 200), length=st.integers(0, 600), max_tokens=token_bounds, at_once=st.integers(1, 5))
+@given(
+    n=st.integers(1, 200), length=st.integers(0, 600), max_tokens=token_bounds, max_size=size_bounds,
+    at_once=st.integers(1, 5),
+)  # fmt: skip
 def test_one_length_gets_equal_batches_for_all_that_run_at_once(
-    n: int, length: int, max_tokens: int, at_once: int
+    n: int, length: int, max_tokens: int, max_size: int | None, at_once: int
 ) -> None:
     own = attention_width(length)
-    sizes = [len(batch) for batch in plan([length] * n, max_tokens, None, at_once)]
+    sizes = [len(batch) for batch in plan([length] * n, max_tokens, max_size, at_once)]
     assert max(sizes) - min(sizes) <= 1
-    needed = -(-n // max(1, max_tokens // own))
+    needed = -(-n // min(max(1, max_tokens // own), max_size or n))
     assert len(sizes) >= needed
     if n > 1 and (needed > 1 or n * own >= 24 * at_once):
         # Shares of fewer than one text each leave some empty.

@@ -371,9 +371,8 @@ class Encoder:
         """Give the vectors batch by batch, each with its rows; on a GPU the next texts are tokenised meanwhile."""
         truncations, prompt_length = Truncations(self.max_seq_length), self._prompt_length(prompt)
         texts = [prompt + text for text in texts] if prompt else texts
-        if (
-            len(texts) == 1
-        ):  # as below, without what only several batches need: beside one text it takes noticeable time
+        if len(texts) == 1:
+            # As below, without what only several batches need: beside one text that takes noticeable time.
             tokens = self._tokenizer(texts)
             truncations.add(tokens)
             yield np.zeros(1, dtype=np.intp), session.run(tokens.input_ids, prompt_length=prompt_length)
