@@ -144,6 +144,8 @@ def test_where_equal_shares_are_too_large_batches_are_full() -> None:
     assert plan([28, 28, 20, 8, 4], 28, mixed=True) == [[0], [1], [2, 3], [4]]
     # 384 tokens in all, but a rectangle of 96 x 28; at most 2 x 384 cells are 27 rows.
     assert [len(batch) for batch in plan([28] + [4] * 89, 384, mixed=True)] == [27, 63]
+    # Equal shares of the tokens are eleven of the short texts.
+    assert max(map(len, plan([28, 28] + [4] * 30, 384, 8, mixed=True))) <= 8
 
 
 def test_the_input_stays_as_it_was() -> None:
