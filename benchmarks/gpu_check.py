@@ -32,7 +32,6 @@ from m3e import Encoder, M3EError, __version__
 from m3e.backends import AnySession
 from m3e.cli.guard import run_guarded
 from m3e.gpu import read_card
-from m3e.overlap import ahead
 from m3e_bench.checkpoints import SHAPES, write_checkpoint
 from m3e_export.pipeline import convert
 from m3e_export.texts import corpus
@@ -169,7 +168,7 @@ def tokens_rate(session: AnySession, vocab_size: int, length: int, seconds: floa
     batches = [[ids[row] for row in rows] for rows in session.plan(np.full(len(ids), length))]
 
     def everything() -> None:
-        for _ in ahead(session.run, batches, session.threads):
+        for _ in session.workers.ahead(session.run, batches):
             pass
 
     return len(ids) * length / timed(everything, seconds)

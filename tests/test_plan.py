@@ -65,7 +65,7 @@ def test_one_length_gets_equal_batches_for_all_that_run_at_once(
     assert max(sizes) - min(sizes) <= 1
     needed = -(-n // min(max(1, max_tokens // own), max_size or n))
     assert len(sizes) >= needed
-    if n > 1 and (needed > 1 or n * own >= 24 * at_once):
+    if n > 1 and (needed > 1 or n * own >= 48 * at_once):
         # Shares of fewer than one text each leave some empty.
         assert len(sizes) % at_once == 0 or len(sizes) == n
     else:
@@ -87,7 +87,7 @@ def test_texts_of_similar_length_are_shared_out_evenly(n_tokens: list[int], at_o
     n_tokens = [1 + n % (SPREAD - 4) for n in n_tokens]
     batches = plan(n_tokens, 384, None, at_once, mixed=True)
     tokens = [sum(widths(n_tokens, batch, mixed=True)) for batch in batches]
-    if sum(tokens) >= 24 * at_once and len(n_tokens) > 4 * at_once:
+    if sum(tokens) >= 48 * at_once and len(n_tokens) > 4 * at_once:
         assert len(batches) % at_once == 0
         assert max(tokens) - min(tokens) <= 2 * SPREAD
         assert len(batches) < sum(tokens) / 384 + 2 * at_once
@@ -131,8 +131,8 @@ def test_plans(n_tokens: list[int], max_tokens: int, max_size: int | None, expec
     [
         pytest.param([12, 5, 27], 1, [[2, 0, 1]], id="several widths share a batch"),
         pytest.param([12, 5, 40], 1, [[2], [0, 1]], id="unless they are far apart"),
-        pytest.param([12, 5, 27, 11], 2, [[2], [0, 3, 1]], id="a thread each"),
-        pytest.param([12, 12], 2, [[0, 1]], id="too little for a thread each"),
+        pytest.param([24, 26, 48, 30], 2, [[2, 3], [1, 0]], id="a thread each"),
+        pytest.param([28, 36, 28], 2, [[1, 0, 2]], id="too little for a thread each"),
     ],
 )
 def test_mixed_plans(n_tokens: list[int], at_once: int, expected: list[list[int]]) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import types
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from m3e.cuda_session import CudaSession, batch_tokens
 from m3e.feeds import pack, rectangle
 from m3e.gpu import PinnedBuffer
 from m3e.manifest import Model
-from m3e.overlap import ahead
 from m3e.plan import plan_sorted
 from m3e.providers import CUDA, NO_CPU, TENSORRT, cuda_options, open_on_gpu, tensorrt_options
 from tests.gpu_standin import StandInSession, standin
@@ -426,27 +424,6 @@ def test_sorted_plans_cover_everything_once_within_the_budget() -> None:
                 assert longest <= edge or lengths[rows].min() > edge
     assert list(plan_sorted(np.zeros(0, np.int64), 10)) == []
     assert [len(rows) for rows in plan_sorted(np.full(3, 50), 10)] == [1, 1, 1]
-
-
-def test_working_ahead_keeps_order_takes_little_and_stops() -> None:
-    taken: list[int] = []
-
-    def items() -> Any:
-        for k in range(100):
-            taken.append(k)
-            yield k
-
-    results = ahead(lambda k: k * k, items(), threads=2)
-    assert next(results) == 0
-    assert len(taken) <= 9
-    assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
-    results.close()  # type: ignore[attr-defined]
-    assert len(taken) < 18
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda k: 1 // (k - 3), range(10)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(ahead(str, [])) == []
 
 
 def test_the_service_runs_on_a_card(gpu_bundle: Path, sentences: list[str]) -> None:

@@ -20,6 +20,7 @@ from m3e.feeds import pack, pad, rectangle
 from m3e.gpu import Card, read_card
 from m3e.manifest import Graph
 from m3e.memory import runs_side_by_side
+from m3e.overlap import Workers
 from m3e.providers import tensorrt_version
 from m3e.session import Float32Array, Session, import_onnxruntime
 from m3e.tensorrt_session import TensorrtSession, max_tokens, profiles
@@ -39,6 +40,7 @@ class AnySession(Protocol):
     Attributes:
         device: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: How many batches to run at once.
+        workers: Threads to run them in.
         window: How many texts to tokenise while others run; None for all of them before any.
         max_batch_tokens: How large a batch is best at most: tokens, each text widened to its width.
         mixed: Whether texts of several widths may share a batch.
@@ -46,6 +48,7 @@ class AnySession(Protocol):
 
     device: str
     threads: int
+    workers: Workers
     window: int | None
     max_batch_tokens: int
     mixed: bool

@@ -16,6 +16,7 @@ from m3e.errors import InferenceError, StartError
 from m3e.feeds import Feeds, pack
 from m3e.gpu import PinnedBuffer, size_of
 from m3e.manifest import Model
+from m3e.overlap import Workers
 from m3e.plan import plan_sorted
 from m3e.providers import CUDA, cuda_options, cuda_runtime, open_on_gpu
 from m3e.session import OUTPUT, Float32Array, check_finite
@@ -39,7 +40,7 @@ class CardSession:
     mixed = True  # the plan sorts by length and bounds the pads
 
     def __init__(self, device_id: int, dim: int, max_batch_tokens: int) -> None:
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.workers = max_batch_tokens, Workers(self.threads)
         self._dim = dim
         self._most_rows = max(1, max_batch_tokens // 8)
         # Four arrays of int32, or two of int64, over at most every cell of the rectangle; and the vectors.

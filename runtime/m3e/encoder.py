@@ -22,7 +22,7 @@ from m3e.cpu import available_threads
 from m3e.errors import InputError
 from m3e.feeds import pad
 from m3e.finish import finish
-from m3e.overlap import ahead
+from m3e.overlap import Workers
 from m3e.progress import progress_bar
 from m3e.prompts import find_prompt, with_prompt_of
 from m3e.running import RunningGraph
@@ -381,8 +381,8 @@ class Encoder:
 
         def batches(window: int) -> Iterator[tuple[Rows, list[list[int]]]]:
             windows = [texts[start : start + window] for start in range(0, len(texts), window)]
-            start = 0
-            for tokens in ahead(self._tokenizer, windows) if len(windows) > 1 else map(self._tokenizer, windows):
+            several, start = len(windows) > 1, 0
+            for tokens in Workers(1).ahead(self._tokenizer, windows) if several else map(self._tokenizer, windows):
                 truncations.add(tokens)
                 for rows in session.plan(tokens.n_tokens, batch_size, session.threads):
                     yield rows + start, [tokens.input_ids[row] for row in rows]
@@ -396,7 +396,7 @@ class Encoder:
         planned = itertools.chain(first, planned)
         if session.threads > 1 and len(first) > 1:
             with session.side_by_side():
-                yield from ahead(run, planned, session.threads)
+                yield from session.workers.ahead(run, planned)
         else:
             yield from map(run, planned)
         truncations.warn(stacklevel=4)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from m3e.errors import DependencyError, InferenceError, StartError
 from m3e.feeds import Feeds, pad
+from m3e.overlap import Workers
 from m3e.plan import MAX_BATCH_TOKENS, attention_width, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
@@ -43,6 +44,7 @@ class Session:
 
     Attributes:
         threads: How many batches to run at once.
+        workers: Threads to run them in.
         window: How many texts to tokenise while others run.
         max_batch_tokens: How large a batch is best at most.
         mixed: Whether texts of several widths may share a batch.
@@ -68,6 +70,7 @@ class Session:
         self._feed = feed
         self.mixed = mixed
         self.threads = num_threads if side_by_side else 1
+        self.workers = Workers(self.threads)
         self._alone = _open(model, num_threads)
         self._beside = _open(model, 1) if self.threads > 1 else self._alone
         self._n_running = 0
