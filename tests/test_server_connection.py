@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.server_process import running
 from tests import wire
 
+# The deadlines of bodies without the seconds that their bytes are given.
+NO_TIME_FOR_BYTES = (
+    sys.executable, "-c",
+    "from m3e.server import http; http._BODY_BYTES_PER_S = 1 << 40; from m3e.cli.main import main; main()", "serve",
+)  # fmt: skip
 GOOD = wire.embed("你好")
 NOWHERE = wire.embed("x").replace(b"/embed", b"/nowhere")
 LAST = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
@@ -63,6 +71,32 @@ def test_an_empty_line_does_not_stop_the_clock(tiny_bundle: Path) -> None:
                 assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
             connection.sendall(b"\r\n")
             assert b" 408 " in connection.recv(1 << 16)
+
+
+def test_an_answer_that_nobody_takes_ends_the_connection(tiny_bundle: Path) -> None:
+    """An answer of more than the kernel holds for a client; one that reads slowly, but reads, gets all of it."""
+    texts = ["天"] * 20_000
+    request = wire.embed(texts)
+    bounds = ("--body-timeout-s", "1", "--max-client-batch-size", len(texts))
+    with running(tiny_bundle, *bounds, command=NO_TIME_FOR_BYTES) as server:
+        expected = len(server.post("/embed", {"inputs": texts}).body)
+        assert expected > 8 << 20
+        for message in (request, request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)):
+            assert take(server.port, message, wait_s=2) < expected < take(server.port, message, wait_s=0)
+
+
+def take(port: int, message: bytes, wait_s: float) -> int:
+    """How many bytes of an answer come to a client that waits so long before it takes them."""
+    n = 0
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(message)
+        time.sleep(wait_s)
+        connection.settimeout(1)
+        with contextlib.suppress(ConnectionResetError, TimeoutError):
+            while data := connection.recv(1 << 20):
+                n += len(data)
+                time.sleep(0.01)
+    return n
 
 
 def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:

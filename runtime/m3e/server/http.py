@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP/1.1 protocol with what it lacks: absolute deadlines for receiving, bounds on headers, JSON refusals.
+"""Uvicorn's HTTP/1.1 protocol with what it lacks: absolute deadlines both ways, bounds on headers, JSON refusals.
 
 Uvicorn parses, keeps the order of pipelined requests and the flow. Between it and the service go whole responses, not
 ASGI's messages: one write each, and no task for what its headers alone decide against.
@@ -39,6 +39,7 @@ class Protocol(HttpToolsProtocol):
         self._n_headers = 0
         self._n_begun = 0
         self._deadline: asyncio.TimerHandle | None = None
+        self._untaken: asyncio.TimerHandle | None = None  # until the client has to have taken what was sent
         self._too_much: Problem | None = None  # what a callback stopped the parser for
         self._last: Problem | None = None  # said once everything before is answered
 
@@ -50,6 +51,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request's task, so that its texts are not run for nobody."""
         self._disarm()
+        self._expect_no_reader()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
         if self._task is not None:
@@ -111,6 +113,37 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or too much of it, in JSON."""
         self._refuse(self._too_much or Problem("bad_http", "The request is not valid HTTP/1.1."))
+
+    def pause_writing(self) -> None:
+        """The client does not keep up; an answer that it leaves would stay in memory as long as the connection."""
+        super().pause_writing()
+        self._expect_reader()
+
+    def resume_writing(self) -> None:
+        """The client has taken nearly all."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._expect_no_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection."""
+        self._close()
+
+    def _close(self) -> None:
+        """Close, and do not wait for ever until what was sent is taken."""
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._expect_reader()
+
+    def _expect_reader(self) -> None:
+        if self._untaken is None:
+            seconds = self._settings.body_timeout_s + self.transport.get_write_buffer_size() / _BODY_BYTES_PER_S
+            self._untaken = self.loop.call_later(seconds, self.transport.abort)
+
+    def _expect_no_reader(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
     def _timeout_s(self) -> float:
         if self._phase != _BODY:
@@ -174,7 +207,7 @@ class Protocol(HttpToolsProtocol):
         cycle.message_event.set()
         cycle.body = bytearray()  # of a refused request some may have come
         if not cycle.keep_alive:
-            self.transport.close()
+            self._close()
         cycle.on_response()
         cycle.on_response = lambda: None  # or the two would hold each other
 
@@ -201,7 +234,7 @@ class Protocol(HttpToolsProtocol):
         self._last = problem
         reading = self.cycle if self._phase == _BODY else None
         if reading is not None and reading.response_complete:
-            self.transport.close()  # it has its answer
+            self._close()  # it has its answer
         elif reading is not None and self.pipeline:
             self.pipeline.popleft()  # the newest stands left; its turn will not come
             self._wait_for_those_before()
@@ -219,4 +252,4 @@ class Protocol(HttpToolsProtocol):
         if self._last is not None and not self.transport.is_closing():
             url = self.url.decode("ascii", "replace") if getattr(self, "url", b"") else ""
             self._write(self.service.refuse(self._last, url.partition("?")[0]), keep_alive=False)
-            self.transport.close()
+            self._close()

@@ -44,7 +44,7 @@ class Settings:
     max_json_depth: int = _setting(32, "nesting of a request's JSON", at_least=2)
     header_timeout_s: float = _setting(5.0, "seconds to send the headers in, all of them", at_least=0.01)
     body_timeout_s: float = _setting(
-        10.0, "seconds to send the body in, all of it, and one more for each 64 KiB announced", at_least=0.01
+        10.0, "seconds to send the body in, all of it, or to take the answer; one more for each 64 KiB", at_least=0.01
     )
     request_timeout_s: float = _setting(30.0, "seconds from the whole request to its answer; then 504", at_least=0.01)
     keep_alive_s: int = _setting(75, "seconds that an idle connection is kept", at_least=1)
