@@ -68,6 +68,7 @@ def test_the_profile_names_the_operators(process: EngineProcess, assets: Path) -
     seconds = process.request("call", method="profile", texts=TEXTS * 4)["seconds"]
     assert {"Gemm", "MultiHeadAttention", "LayerNormalization"} <= set(seconds)
     assert all(value >= 0 for value in seconds.values())
+    assert "If" not in seconds, "its branches are counted"
 
 
 def test_an_engine_is_stopped_while_it_is_not_its_turn(process: EngineProcess) -> None:
