@@ -62,6 +62,24 @@ def test_the_readmes_row(record: Record) -> None:
     assert "| M3E-INT8 | 1,000 (4.0×) | 3.0 ms | 0.50 s | – | 0.99000 |" in readme.table(record, "cpu")
 
 
+def test_the_profiles_table(record: Record) -> None:
+    times = {"Gelu": 0.2, "MatMul": 0.792, "Squeeze": 0.005, "Cast": 0.003}
+    found = [
+        series("m3e-int8", [[value]], "operator_s", question="roofline", unit="s", better="neither", workload="lcqmc",
+               operator=name)
+        for name, value in times.items()
+    ]  # fmt: skip
+    whole = dataclasses.replace(record, series=(*record.series, *found))
+    assert readme.profile_table([whole]).splitlines() == [
+        "| | m3e-tiny, lcqmc |",
+        "|---|---|",
+        "| share of the bound | 0.25 (0.25–0.25) |",
+        "| MatMul | 79 % |",
+        "| Gelu | 20 % |",
+        "| all others | 1 % |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (0.01234, "0.0123"), (9.876, "9.88"), (98.76, "98.8"), (12345.6, "12,346")]
 )

@@ -1,17 +1,17 @@
-"""The tables of README and docs/serving.md, from the committed records; ``--check`` fails where they differ."""
+"""The tables of README and of docs, from the committed records; ``--check`` fails where they differ."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from m3e import M3EError
 from m3e_bench.peers import REFERENCE
 from m3e_bench.record import Record, load_record
-from m3e_bench.report.figures import number, percentiles, values
+from m3e_bench.report.figures import bound_shares, number, operators, percentiles, values
 from m3e_bench.statistics import median, ratio
 
 # The checkout: a wheel has neither README nor records.
@@ -83,6 +83,29 @@ def serving_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table(records: Sequence[Record], engine: str = "m3e-int8", smallest: float = 0.01) -> str:
+    """Lay the bound and the operators' shares of the time out as Markdown, a column for each model and workload."""
+    columns: dict[str, dict[str, str]] = {}
+    for record in records:
+        for model in record.content["models"]:
+            for workload, name, _, share in bound_shares(record, model):
+                if name == engine:
+                    found = operators(record, model, engine, workload)
+                    columns[f"{model}, {workload}"] = {
+                        "share of the bound": f"{share.value:.2f} ({share.low:.2f}–{share.high:.2f})",
+                        **{operator: f"{100 * part:.0f} %" for operator, part in found if part >= smallest},
+                        "all others": f"{100 * sum(part for _, part in found if part < smallest):.0f} %",
+                    }
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    rows["all others"] = rows.pop("all others")
+    lines = [
+        "| | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *("| " + " | ".join([row, *(column.get(row, _NONE) for column in columns.values())]) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def write(page: Path, content: str) -> None:
     """Write a table into its place in a page."""
     page.write_text(_expected(page, content), encoding="utf-8")
@@ -106,6 +129,8 @@ def quotes() -> Iterator[tuple[Path, str]]:
         shape: json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8")) for shape, name in shapes.items()
     }
     yield _ROOT / "docs" / "serving.md", serving_table(records)
+    shapes_measured = [load_record(_RESULTS / f"{name}.json") for name in ("cpu", "cpu-base")]
+    yield _ROOT / "docs" / "benchmarks.md", profile_table(shapes_measured)
 
 
 def _expected(page: Path, content: str) -> str:
