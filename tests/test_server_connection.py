@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.server_process import running
+from benchmarks.server_process import FAILING, running
 from tests import wire
+from tests.failing_server import SLOW
 
 # The deadlines of bodies without the seconds that their bytes are given.
 NO_TIME_FOR_BYTES = (
@@ -137,8 +138,8 @@ def test_nothing_is_answered_behind_a_refusal_that_closes(tiny_bundle: Path) -> 
 
 def test_the_clock_runs_for_one_request_at_a_time(tiny_bundle: Path) -> None:
     """Not while an answer is awaited, and not on from the request before."""
-    slow = wire.embed(["天" * 600] * 400)
-    with running(tiny_bundle, "--body-timeout-s", "0.2") as server:
+    slow = wire.embed([SLOW] * 4)
+    with running(tiny_bundle, "--body-timeout-s", "0.2", "--max-batch-tokens", "1", command=FAILING) as server:
         assert asyncio.run(statuses(server.port, slow + LAST[:-5], 0.1, LAST[-5:])) == [200, 200]
     with running(tiny_bundle, "--body-timeout-s", "1", "--keep-alive-s", "1") as server:
         assert asyncio.run(statuses(server.port, GOOD[:-5], 0.7, GOOD[-5:] + LAST[:-5], 0.7, LAST[-5:])) == [200, 200]
@@ -147,10 +148,11 @@ def test_the_clock_runs_for_one_request_at_a_time(tiny_bundle: Path) -> None:
 
 
 def test_a_request_that_outlasts_the_grace_is_told_so(tiny_bundle: Path) -> None:
-    with running(tiny_bundle, "--grace-s", "0.3", "--drain-delay-s", "0") as server:
+    bounds = ("--grace-s", "0.3", "--drain-delay-s", "0", "--max-batch-tokens", "1")
+    with running(tiny_bundle, *bounds, command=FAILING) as server:
 
         async def outlast() -> list[int]:
-            asking = asyncio.create_task(statuses(server.port, wire.embed(["天" * 600] * 500)))
+            asking = asyncio.create_task(statuses(server.port, wire.embed([SLOW] * 40)))
             await asyncio.sleep(0.3)
             server.process.terminate()
             return await asking

@@ -67,7 +67,8 @@ def recovery_s(*arguments: object) -> float:
     since = np.array([each.due_s for each in after]) - after[0].due_s
     seconds = np.array([each.seconds if each.status == 200 else np.inf for each in after])
     for start in np.arange(0, _CALM_S - 1, 0.1):
-        if np.percentile(seconds[(since >= start) & (since < start + 1)], 99) <= 1.1 * calm_s:
+        # Between two that were refused there is no number.
+        if np.percentile(seconds[(since >= start) & (since < start + 1)], 99, method="higher") <= 1.1 * calm_s:
             return float(start)
     return float("inf")
 
