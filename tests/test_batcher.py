@@ -356,7 +356,7 @@ def test_batches_are_as_large_as_the_device_likes(tiny_encoder: Encoder, monkeyp
 
     original = tiny_encoder.embed
     monkeypatch.setattr(tiny_encoder, "embed", embed)
-    monkeypatch.setattr(tiny_encoder._running.session, "max_batch_tokens", 12)  # a text has four tokens
+    monkeypatch.setattr(tiny_encoder._running.session, "max_shared_batch_tokens", 12)  # a text has four tokens
     with Batcher(tiny_encoder) as batcher:
         batcher.encode(["a b"] * 12)
     asyncio.run(encode())

@@ -182,7 +182,7 @@ class AsyncEncoder:
         self._scheduler = Scheduler(
             [encoder.embed] * encoder.batches_at_once,
             dim=encoder.get_sentence_embedding_dimension(),
-            max_batch_tokens=encoder.max_batch_tokens,
+            max_batch_tokens=encoder.max_shared_batch_tokens,
             mixed=encoder.mixes_widths,
             max_queue_tokens=self._max_queue_tokens,
             max_queue_ms=self._max_queue_ms,

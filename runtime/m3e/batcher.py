@@ -43,7 +43,7 @@ class Batcher:
             [self.encoder.embed] * self.encoder.batches_at_once,
             dim=self.encoder.get_sentence_embedding_dimension(),
             max_queue_tokens=max_queue_tokens,
-            max_batch_tokens=max_batch_tokens or self.encoder.max_batch_tokens,
+            max_batch_tokens=max_batch_tokens or self.encoder.max_shared_batch_tokens,
             mixed=self.encoder.mixes_widths,
         )
 

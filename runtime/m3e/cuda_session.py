@@ -40,7 +40,8 @@ class CardSession:
     mixed = True  # the plan sorts by length and bounds the pads
 
     def __init__(self, device_id: int, dim: int, max_batch_tokens: int) -> None:
-        self.max_batch_tokens, self.workers = max_batch_tokens, Workers(self.threads)
+        self.max_batch_tokens = self.max_shared_batch_tokens = max_batch_tokens
+        self.workers = Workers(self.threads)
         self._dim = dim
         self._most_rows = max(1, max_batch_tokens // 8)
         # Four arrays of int32, or two of int64, over at most every cell of the rectangle; and the vectors.

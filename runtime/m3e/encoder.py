@@ -337,6 +337,11 @@ class Encoder:
         return self._running.session.max_batch_tokens
 
     @property
+    def max_shared_batch_tokens(self) -> int:
+        """The same where several callers share a batch and wait for each other."""
+        return self._running.session.max_shared_batch_tokens
+
+    @property
     def mixes_widths(self) -> bool:
         """Whether texts of several attention widths share a batch; on the CPU with the same vectors as alone."""
         return self._running.session.mixed

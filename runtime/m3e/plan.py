@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 # A batch on the CPU: activations of so many tokens stay in a core's own cache.
 MAX_BATCH_TOKENS = 384
+# One that several callers share: everyone waits for all of it, and a larger one embeds next to nothing more a second.
+MAX_SHARED_BATCH_TOKENS = 256
 # Where attention depends on the width that it sees, texts of up to so many tokens are widened to a multiple of
 # _BUCKET; longer ones share a batch with their equals.
 _BUCKET = 4

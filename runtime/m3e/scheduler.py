@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from m3e.checks import check_integer
 from m3e.errors import ClosedError, InferenceError, InputError, M3EError, OverloadedError, WorkerLostError
-from m3e.plan import MAX_BATCH_TOKENS
+from m3e.plan import MAX_SHARED_BATCH_TOKENS
 from m3e.token_queue import PRIORITIES, Item, Job, Priority, TokenQueue
 
 Float32Array = npt.NDArray[np.float32]
@@ -50,7 +50,7 @@ class Scheduler:
         embed: Sequence[Embed],
         *,
         dim: int,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int = MAX_SHARED_BATCH_TOKENS,
         mixed: bool = False,
         max_queue_tokens: int = 262144,
         max_queue_ms: float | None = None,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from m3e.errors import DependencyError, InferenceError, StartError
 from m3e.feeds import Feeds, pad
 from m3e.overlap import Workers
-from m3e.plan import MAX_BATCH_TOKENS, attention_width, plan_batches
+from m3e.plan import MAX_BATCH_TOKENS, MAX_SHARED_BATCH_TOKENS, attention_width, plan_batches
 
 Float32Array = npt.NDArray[np.float32]
 OUTPUT = "sentence_embedding"
@@ -47,6 +47,7 @@ class Session:
         workers: Threads to run them in.
         window: How many texts to tokenise while others run.
         max_batch_tokens: How large a batch is best at most.
+        max_shared_batch_tokens: The same where several callers share it.
         mixed: Whether texts of several widths may share a batch.
 
     Raises:
@@ -57,6 +58,7 @@ class Session:
     device = "cpu"
     window: int | None = 8192
     max_batch_tokens = MAX_BATCH_TOKENS
+    max_shared_batch_tokens = MAX_SHARED_BATCH_TOKENS
 
     def __init__(
         self,

@@ -268,7 +268,7 @@ def main(open_encoder: Callable[..., Encoder] = Encoder, arguments: Sequence[str
         encoder = open_encoder(
             parsed.folder, precision=parsed.precision, device=parsed.device, num_threads=parsed.threads
         )
-        max_batch_tokens = parsed.max_batch_tokens or encoder.max_batch_tokens
+        max_batch_tokens = parsed.max_batch_tokens or encoder.max_shared_batch_tokens
         hello = {
             "digest": encoder.manifest.digest,
             "precision": encoder.precision,
