@@ -150,6 +150,7 @@ def test_models_and_info(server: Server) -> None:
     info = server.get("/info").json
     assert info["model_type"] == {"embedding": {"pooling": "mean"}}
     assert (info["max_input_length"], info["model_dtype"], info["max_client_batch_size"]) == (512, "float32", 40)
+    assert info["max_batch_tokens"] == 256
     assert info["space_id"]
 
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.server_process import FAILING, running
@@ -84,6 +85,14 @@ def test_an_answer_that_nobody_takes_ends_the_connection(tiny_bundle: Path) -> N
         assert expected > 8 << 20
         for message in (request, request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)):
             assert take(server.port, message, wait_s=2) < expected < take(server.port, message, wait_s=0)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(request)
+            time.sleep(0.5)  # more than the kernel holds is left
+            while expected > 0:
+                expected -= len(connection.recv(1 << 20))
+            time.sleep(1.5)  # it is taken, so no clock runs any more
+            connection.sendall(LAST)
+            assert b"HTTP/1.1 200 " in b"".join(iter(partial(connection.recv, 1 << 16), b""))
 
 
 def take(port: int, message: bytes, wait_s: float) -> int:
