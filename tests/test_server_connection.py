@@ -20,6 +20,20 @@ NO_TIME_FOR_BYTES = (
     sys.executable, "-c",
     "from m3e.server import http; http._BODY_BYTES_PER_S = 1 << 40; from m3e.cli.main import main; main()", "serve",
 )  # fmt: skip
+# And where nothing pauses: what is left when a connection is closed may be less than what pauses it.
+NEVER_PAUSED = (
+    sys.executable, "-c", """
+from m3e.cli.main import main
+from m3e.server import http
+
+def connection_made(self, transport, made=http.Protocol.connection_made):
+    made(self, transport)
+    transport.set_write_buffer_limits(high=1 << 30)
+
+http._BODY_BYTES_PER_S, http.Protocol.connection_made = 1 << 40, connection_made
+main()
+""", "serve",
+)  # fmt: skip
 GOOD = wire.embed("你好")
 NOWHERE = wire.embed("x").replace(b"/embed", b"/nowhere")
 LAST = GOOD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
@@ -93,6 +107,17 @@ def test_an_answer_that_nobody_takes_ends_the_connection(tiny_bundle: Path) -> N
             time.sleep(1.5)  # it is taken, so no clock runs any more
             connection.sendall(LAST)
             assert b"HTTP/1.1 200 " in b"".join(iter(partial(connection.recv, 1 << 16), b""))
+
+
+def test_closing_does_not_wait_for_ever_until_an_answer_is_taken(tiny_bundle: Path) -> None:
+    texts = ["天"] * 20_000
+    request = wire.embed(texts)
+    bounds = ("--body-timeout-s", "1", "--keep-alive-s", "1", "--max-client-batch-size", len(texts))
+    with running(tiny_bundle, *bounds, command=NEVER_PAUSED) as server:
+        expected = len(server.post("/embed", {"inputs": texts}).body)
+        closing = request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
+        assert take(server.port, closing, wait_s=3) < expected < take(server.port, closing, wait_s=0.5)
+        assert take(server.port, request, wait_s=4) < expected < take(server.port, request, wait_s=0.5)
 
 
 def take(port: int, message: bytes, wait_s: float) -> int:

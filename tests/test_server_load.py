@@ -185,7 +185,7 @@ def dribble_all(port: int, bodies: Sequence[bool]) -> list[float]:
 
 
 def dribbles_on(connection: socket.socket, byte: bytes) -> bool:
-    """Send a byte, unless something came or the end has come: whether it has not."""
+    """Send a byte where there is nothing to read: whether the connection still lives."""
     try:
         with contextlib.suppress(BlockingIOError):
             return bool(connection.recv(1000))

@@ -43,7 +43,7 @@ class AnySession(Protocol):
         workers: Threads to run them in.
         window: How many texts to tokenise while others run; None for all of them before any.
         max_batch_tokens: How large a batch is best at most: tokens, each text widened to its width.
-        max_shared_batch_tokens: The same where several callers share it.
+        max_shared_batch_tokens: The same of a batch that several callers share and wait for.
         mixed: Whether texts of several widths may share a batch.
     """
 

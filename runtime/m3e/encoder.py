@@ -338,7 +338,7 @@ class Encoder:
 
     @property
     def max_shared_batch_tokens(self) -> int:
-        """The same where several callers share a batch and wait for each other."""
+        """How large a batch that callers share and wait for is best at most: tokens, each text widened to its width."""
         return self._running.session.max_shared_batch_tokens
 
     @property

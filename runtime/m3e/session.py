@@ -46,8 +46,8 @@ class Session:
         threads: How many batches to run at once.
         workers: Threads to run them in.
         window: How many texts to tokenise while others run.
-        max_batch_tokens: How large a batch is best at most.
-        max_shared_batch_tokens: The same where several callers share it.
+        max_batch_tokens: How large a batch is best at most: tokens, each text widened to its width.
+        max_shared_batch_tokens: The same of a batch that several callers share and wait for.
         mixed: Whether texts of several widths may share a batch.
 
     Raises:
