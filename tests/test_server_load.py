@@ -165,18 +165,18 @@ def dribble_all(port: int, bodies: Sequence[bool]) -> list[float]:
     Returns:
         The seconds after which each was cut; after a minute all that are left.
     """
-    head = b"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    head = b"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
     live = deque[tuple[socket.socket, bool, float]]()
     for body in bodies:
         live.append((socket.create_connection(("127.0.0.1", port), timeout=30), body, time.monotonic()))
-        live[-1][0].sendall(head if body else b"P")
+        live[-1][0].sendall(head + (b"\r\n" if body else b"x-slow: "))
         live[-1][0].setblocking(False)
     cut: list[float] = []
     while live:
         time.sleep(0.05 / max(1, len(live) // 10))
         for _ in range(min(len(live), 10)):
             connection, body, started = live.popleft()
-            if dribbles_on(connection, b" " if body else b"O") and time.monotonic() - started < 60:
+            if dribbles_on(connection, b" " if body else b"x") and time.monotonic() - started < 60:
                 live.append((connection, body, started))
             else:
                 connection.close()
@@ -203,7 +203,7 @@ def test_dribbling_connections_are_cut_at_an_absolute_deadline(tiny_bundle: Path
             assert all(ask(server, text)[1] == 200 for text in PLAIN[:20])
             cut = dribblers.result()
         assert len(cut) == 20
-        assert max(cut) < 2.0
+        assert 0.5 <= min(cut) <= max(cut) < 2.0
 
 
 @pytest.mark.long
@@ -230,7 +230,7 @@ def test_two_hundred_dribbling_connections_do_not_move_the_others(
             assert not dribblers.done()
             cut += dribblers.result()
     growth = statistics.median(beside) / statistics.median(alone) - 1
-    n_cut = sum(seconds < limit_s + 2 for seconds in cut)
+    n_cut = sum(limit_s <= seconds < limit_s + 2 for seconds in cut)
     record_property("C13", f"{growth:+.0%} ({statistics.median(alone):.1f} to {statistics.median(beside):.1f} ms); "
                     f"{n_cut} of {rounds * n} cut by the deadline")  # fmt: skip
     assert growth <= 0.1
