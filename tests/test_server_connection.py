@@ -101,6 +101,7 @@ def test_an_answer_that_nobody_takes_ends_the_connection(tiny_bundle: Path) -> N
             assert take(server.port, message, wait_s=2) < expected < take(server.port, message, wait_s=0)
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(request)
+            wait_for_an_answer(connection)
             time.sleep(0.5)  # more than the kernel holds is left
             while expected > 0:
                 expected -= len(connection.recv(1 << 20))
@@ -121,10 +122,11 @@ def test_closing_does_not_wait_for_ever_until_an_answer_is_taken(tiny_bundle: Pa
 
 
 def take(port: int, message: bytes, wait_s: float) -> int:
-    """How many bytes of an answer come to a client that waits so long before it takes them."""
+    """How many bytes of an answer come to a client that waits so long, once it is there, before it takes them."""
     n = 0
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(message)
+        wait_for_an_answer(connection)
         time.sleep(wait_s)
         connection.settimeout(1)
         with contextlib.suppress(ConnectionResetError, TimeoutError):
@@ -132,6 +134,11 @@ def take(port: int, message: bytes, wait_s: float) -> int:
                 n += len(data)
                 time.sleep(0.01)
     return n
+
+
+def wait_for_an_answer(connection: socket.socket) -> None:
+    """Wait until its first bytes have come, and take none."""
+    assert connection.recv(1, socket.MSG_PEEK)
 
 
 def test_a_broken_request_is_refused_behind_the_answers_to_those_before(tiny_bundle: Path) -> None:
