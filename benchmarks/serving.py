@@ -36,7 +36,7 @@ RECORD = Path(__file__).parent / "results" / "serving.json"
 PROBE = "今天天气真好我们去公园"  # 13 tokens
 
 
-def overhead(bundle: str, rounds: int = 3) -> dict[str, Any]:
+def overhead(bundle: str, rounds: int = 9) -> dict[str, Any]:
     """The p50 of a single short text in the library and through HTTP, in turns."""
     with running(bundle, "--max-queue-ms", "0") as server:
         call = http_call(server.port, PROBE)
