@@ -140,6 +140,24 @@ def test_a_readme_is_written_once_and_checked_against_its_record(record: Record,
         readme.check(page, content)
 
 
+def test_several_tables_go_into_a_page_in_order(tmp_path: Path) -> None:
+    page, place = tmp_path / "page.md", "<!-- table -->\n<!-- /table -->\n"
+    page.write_text(place + "between\n" + place, encoding="utf-8")
+    readme.write(page, "one\n", "two\n")
+    readme.check(page, "one\n", "two\n")
+    assert page.read_text(encoding="utf-8").replace(" -->", "").split() == [
+        "<!--", "table", "one", "<!--", "/table", "between", "<!--", "table", "two", "<!--", "/table",
+    ]  # fmt: skip
+    with pytest.raises(M3EError, match="has 2 places"):
+        readme.write(page, "one\n")
+
+
+def test_the_table_of_stacks_begins_with_the_fastest() -> None:
+    stacks = {"slow": {"per_s": 900.0, "p50_ms": 1.0}, "quick": {"per_s": 9000.0, "p50_ms": 0.25}}
+    lines = readme.stacks_table({"stacks": stacks}).splitlines()
+    assert lines[2:] == ["| quick | 9,000 | 0.25 ms |", "| slow | 900 | 1.00 ms |"]
+
+
 def test_the_services_table_leaves_out_what_was_not_measured() -> None:
     part = {"http_p50_ms": 2.04, "overhead_p50_ms": 0.954}
     lines = readme.serving_table({"small": {"overhead": part}, "base": {}}).splitlines()
@@ -149,8 +167,8 @@ def test_the_services_table_leaves_out_what_was_not_measured() -> None:
 
 @pytest.mark.checkout
 def test_pages_show_the_figures_of_the_committed_records() -> None:
-    for page, content in readme.quotes():
-        readme.check(page, content)
+    for page, tables in readme.quotes():
+        readme.check(page, *tables)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +207,7 @@ def test_an_environment_that_pip_cannot_make_is_reported_and_not_tried_twice(
 def test_every_lock_pins_every_package() -> None:
     locks = sorted(environments._LOCKS.glob("*.txt"))
     names = {engine.environment for engine in peers.ENGINES if engine.environment}
-    assert {path.stem for path in locks} == names | {"mteb"}
+    assert {path.stem for path in locks} == names | {"mteb", "stacks"}
     for path in locks:
         for line in path.read_text(encoding="utf-8").splitlines():
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line), f"{path.name}: {line}"

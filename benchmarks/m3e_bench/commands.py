@@ -89,8 +89,8 @@ def compare(parsed: argparse.Namespace) -> None:
 
 def readme(parsed: argparse.Namespace) -> None:
     """Write the tables that pages quote from the committed records, or check them."""
-    for page, content in pages.quotes():
-        (pages.check if parsed.check else pages.write)(page, content)
+    for page, tables in pages.quotes():
+        (pages.check if parsed.check else pages.write)(page, *tables)
 
 
 def engines(parsed: argparse.Namespace) -> None:

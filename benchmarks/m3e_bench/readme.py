@@ -109,40 +109,56 @@ def profile_table(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(page: Path, content: str) -> None:
-    """Write a table into its place in a page."""
-    page.write_text(_expected(page, content), encoding="utf-8")
+def stacks_table(content: dict[str, Any]) -> str:
+    """Lay the record of ``benchmarks.stacks`` out as Markdown, the fastest first."""
+    stacks = sorted(content["stacks"].items(), key=lambda stack: -stack[1]["per_s"])
+    lines = [
+        "| | requests/s, 64 connections | p50 of one |",
+        "|---|---|---|",
+        *(f"| {name} | {number(figures['per_s'])} | {figures['p50_ms']:.2f} ms |" for name, figures in stacks),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def check(page: Path, content: str) -> None:
+def write(page: Path, *tables: str) -> None:
+    """Write tables into their places in a page, in its order."""
+    page.write_text(_expected(page, tables), encoding="utf-8")
+
+
+def check(page: Path, *tables: str) -> None:
     """Compare, and change nothing.
 
     Raises:
         M3EError: The page shows other figures than the record.
     """
-    if _expected(page, content) != page.read_text(encoding="utf-8"):
+    if _expected(page, tables) != page.read_text(encoding="utf-8"):
         raise M3EError(f"{page.name} does not show the record's figures; run: python -m benchmarks readme")
 
 
-def quotes() -> Iterator[tuple[Path, str]]:
-    """Each page of the checkout that quotes records, and what it has to say."""
-    yield _ROOT / "README.md", table(load_record(_RESULTS / "cpu.json"), "cpu")
+def quotes() -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Each page of the checkout that quotes records, and the tables that it has to show."""
+    yield _ROOT / "README.md", (table(load_record(_RESULTS / "cpu.json"), "cpu"),)
     shapes = {"m3e-small shape": "serving", "m3e-base shape": "serving-base"}
-    records = {
-        shape: json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8")) for shape, name in shapes.items()
-    }
-    yield _ROOT / "docs" / "serving.md", serving_table(records)
+    serving = serving_table({shape: _read(name) for shape, name in shapes.items()})
+    yield _ROOT / "docs" / "serving.md", (serving, stacks_table(_read("stacks")))
     profiled = [load_record(_RESULTS / f"{name}.json") for name in ("cpu", "cpu-base")]
-    yield _ROOT / "docs" / "benchmarks.md", profile_table(profiled)
+    yield _ROOT / "docs" / "benchmarks.md", (profile_table(profiled),)
 
 
-def _expected(page: Path, content: str) -> str:
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _expected(page: Path, tables: Sequence[str]) -> str:
     if not page.is_file():
         raise M3EError(f"{page} is not there: this command works in a checkout")
     text = page.read_text(encoding="utf-8")
-    if not _TABLE.search(text):
-        raise M3EError(f"{page} has no <!-- table --> ... <!-- /table --> to write into")
-    return _TABLE.sub(lambda match: match[1] + content + match[2], text)
+    n = len(_TABLE.findall(text))
+    if n != len(tables):
+        raise M3EError(f"{page} has {n} places <!-- table --> ... <!-- /table -->, expected {len(tables)}")
+    left = iter(tables)
+    return _TABLE.sub(lambda match: match[1] + next(left) + match[2], text)
 
 
 def _rows(record: Record, model: str, workloads: list[str]) -> list[str]:
