@@ -47,7 +47,7 @@ GROUPS = {
     "D": "Memory and resources", "E": "Artefacts", "F": "Hygiene",
 }  # fmt: skip
 
-_LIFE, _LOAD, _SERVER = "tests/test_server_life.py::", "tests/test_server_load.py::", "tests/test_server.py::"
+_LIFE, _LOAD, _ERRORS = "tests/test_server_life.py::", "tests/test_server_load.py::", "tests/test_server_errors.py::"
 _SWAPS = (_LIFE + "test_a_bundle_is_swapped_while_requests_run_and_a_damaged_one_is_refused[many]",)
 _WIRE = ("tests/test_server_clients.py::test_the_wire_is_the_document[many]",)
 _POISON = (_LIFE + "test_neighbours_are_right_in_a_thousand_batches",)
@@ -89,7 +89,7 @@ GOALS = (
     Goal("C7", "work done for clients that had left", "<= 1 %",
          Proof((_LOAD + "test_the_texts_of_clients_that_leave_are_not_run[many]",), long=1000, soak=10_000)),
     Goal("C8", "expired requests run", "0",
-         Proof(("tests/test_batcher.py::test_expired_jobs_are_never_taken",), quick=1000)),
+         Proof(("tests/test_token_queue.py::test_expired_jobs_are_never_taken",), quick=1000)),
     Goal("C9", "accepted requests failed by SIGTERM", "0 of 200 runs",
          Proof((_LIFE + "test_no_accepted_request_fails_in_fifty_ends",), long=50, soak=200)),
     Goal("C10", "ready before the golden texts were right", "0 of 200 starts"),
@@ -104,7 +104,7 @@ GOALS = (
     Goal("D3", "descriptors and threads after a soak", "0", within=("D1b", "D4")),
     Goal("D4", "growth over 10,000 encoders opened and dropped", "<= 8 MB"),
     Goal("D5", "metrics series after 100,000 random paths", "0 more",
-         Proof((_SERVER + "test_metrics_exist_from_the_start_and_stay_as_many",), quick=30, soak=100_000)),
+         Proof((_ERRORS + "test_metrics_exist_from_the_start_and_stay_as_many",), quick=30, soak=100_000)),
     Goal("D6", "limits of memory without a right answer or a clean error", "0"),
     Goal("D7", "forks with an open encoder that hang or crash", "0 of 1,000"),
     Goal("D8", "64 threads on one encoder: answers unlike serial ones", "0 of 640,000"),
@@ -116,8 +116,9 @@ GOALS = (
     Goal("E6", "share of hashing in a cold load", "<= 10 %"),
     Goal("E7", "loads during swaps that mix bundles", "0 of 10,000"),
     Goal("F1", "clients' texts in logs, metrics, errors", "0",
-         Proof((_SERVER + "test_no_text_comes_back_or_into_the_log",), quick=1)),
-    Goal("F2", "routes without a key", "health and the page only", Proof((_SERVER + "test_keys",), quick=1)),
+         Proof((_ERRORS + "test_no_text_comes_back_or_into_the_log",), quick=1)),
+    Goal("F2", "routes without a key", "health and the page only",
+         Proof(("tests/test_server_settings.py::test_keys",), quick=1)),
     Goal("F3", "runtime dependencies; audit; locked hashes", "<= 4; clean; all"),
     Goal("F4", "sockets, processes, written files by importing and encoding", "0"),
     Goal("F5", "keys compared otherwise than in constant time", "0"),
