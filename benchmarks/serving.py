@@ -140,7 +140,7 @@ def infinity(python: str, checkpoint: str, bundle: str, texts: list[str], second
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        _wait_for(port)
+        _wait_for(process, port)
         wrk(port, texts, seconds=2, path="/v1/embeddings")
         theirs = wrk(port, texts, seconds=seconds, path="/v1/embeddings")
         half = theirs["per_s"] / 2
@@ -186,14 +186,14 @@ def _p99(seconds: list[float]) -> float:
     return float(np.percentile(seconds, 99)) * 1e3 if seconds else float("nan")
 
 
-def _wait_for(port: int, seconds: float = 120) -> None:
+def _wait_for(process: subprocess.Popen[bytes], port: int, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
-            if time.monotonic() > until:
-                raise
+            if time.monotonic() > until or process.poll() is not None:
+                raise SystemExit(f"infinity does not serve; start it by hand to see why: {process.args}") from None
             time.sleep(0.2)
         else:
             time.sleep(1)
