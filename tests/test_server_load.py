@@ -177,8 +177,9 @@ def dribble_all(port: int, bodies: Sequence[bool], every_s: float) -> list[float
         live[-1][0].sendall(head + (b"\r\n" if body else b"x-slow: "))
         live[-1][0].setblocking(False)
     cut: list[float] = []
+    pause_s = every_s / max(1, len(live) // 10)  # the last ones are asked sooner: their end is to be seen when it comes
     while live:
-        time.sleep(every_s / max(1, len(live) // 10))
+        time.sleep(pause_s)
         for _ in range(min(len(live), 10)):
             connection, body, started = live.popleft()
             if dribbles_on(connection, b" " if body else b"x") and time.monotonic() - started < 60:
