@@ -274,7 +274,7 @@ def test_a_field_that_no_record_has_is_said(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": 2}\n', encoding="utf-8")
-    for name, said in (("id:int", ""), ("ID:int", "m3e: no record has a field 'ID'; its column is null\n")):
+    for name, said in (("id:int", ""), ("ID:int", "m3e: no record has a value in 'ID'; its column is null\n")):
         out = str(tmp_path / name[:2])
         assert main(["embed", str(tmp_path / "in.jsonl"), "-o", out, "--bundle", str(tiny_bundle), "--keep", name]) == 0
         assert capsys.readouterr().err == said

@@ -166,8 +166,8 @@ def test_urls_and_records_that_cannot_be_used(
     (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"id": 4, "text": good[2]}) + "\n")
     source, output = f"file://{tmp_path}/in", f"file://{tmp_path}/out"
     options = VectorOptions(precision="float16")
-    summary = embed_on_ray(Input(source), output, str(tiny_bundle), Fields("text", ("id:int",)), options)
-    assert (summary.rows, summary.truncated, summary.rejected) == (3, 1, 2)
+    summary = embed_on_ray(Input(source), output, str(tiny_bundle), Fields("text", ("id:int", "title")), options)
+    assert (summary.rows, summary.truncated, summary.rejected, summary.absent) == (3, 1, 2, ("title",))
     table = pyarrow.dataset.dataset(tmp_path / "out").to_table()
     assert table["id"].to_pylist() == [0, 2, 4]
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(3, -1)

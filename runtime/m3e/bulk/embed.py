@@ -52,7 +52,7 @@ class Summary:
     """What a job did: vectors in the output, and those of this run; records rejected, texts cut, seconds.
 
     Attributes:
-        absent: Fields to keep that no record of this run had.
+        absent: Fields to keep that no record of this run had, on Ray also those that were null in all.
     """
 
     rows: int

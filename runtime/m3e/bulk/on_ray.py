@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -144,9 +144,10 @@ def embed_on_ray(
     )
     embedded.write_parquet(folder, filesystem=filesystem, ray_remote_args={"num_cpus": 0}, concurrency=workers)
     job = {"input": source.identity, "columns": fields.kept, "engine": "ray"}
-    state = _count(filesystem, folder, schema, State(space=vectors.space, job=job, complete=True))
+    state = State(space=vectors.space, job=job, complete=True)
+    absent = _count(filesystem, folder, schema, state, fields.kept)
     filesystem.pipe_file(f"{folder}/{STATE_NAME}", state.to_bytes())
-    return Summary(state.rows, state.rows, state.rejected, state.truncated, time.monotonic() - started)
+    return Summary(state.rows, state.rows, state.rejected, state.truncated, time.monotonic() - started, absent)
 
 
 def _share(ray: Any, workers: int) -> int:
@@ -155,8 +156,8 @@ def _share(ray: Any, workers: int) -> int:
     return max(1, int(min(sum(machines) // workers, max(machines))))
 
 
-def _count(filesystem: Any, folder: str, schema: Any, state: State) -> State:
-    """Fill a state in from what was written."""
+def _count(filesystem: Any, folder: str, schema: Any, state: State, kept: Iterable[str]) -> tuple[str, ...]:
+    """Fill a state in from what was written, and name the kept fields of which there is nothing."""
     import pyarrow.dataset
 
     filesystem.invalidate_cache()  # other processes wrote
@@ -166,4 +167,7 @@ def _count(filesystem: Any, folder: str, schema: Any, state: State) -> State:
     state.truncated = written.count_rows(filter=pyarrow.dataset.field("truncated"))
     for path in filesystem.glob(f"{folder}/{_REJECTED}/*.jsonl"):
         state.rejected += filesystem.cat_file(path).count(b"\n")
-    return state
+    return tuple(
+        name for name in sorted(kept)
+        if state.rows and not written.count_rows(filter=pyarrow.dataset.field(name).is_valid())
+    )  # fmt: skip

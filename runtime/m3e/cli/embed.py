@@ -93,4 +93,4 @@ def _run(parsed: argparse.Namespace) -> None:
         f"{summary.rejected:,} records rejected{speed}\n"
     )
     if summary.absent:
-        sys.stderr.write(f"m3e: no record has a field {', '.join(map(repr, summary.absent))}; its column is null\n")
+        sys.stderr.write(f"m3e: no record has a value in {', '.join(map(repr, summary.absent))}; its column is null\n")
