@@ -49,7 +49,7 @@ def serving(python: Path, stack: str, processor: int) -> Iterator[int]:
         until = time.monotonic() + 30
         while True:
             with contextlib.suppress(OSError):
-                http_call(port, _TEXT)()
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
             if time.monotonic() > until or process.poll() is not None:
                 raise SystemExit(f"{stack} does not answer; try: {python} {_APPS} {stack!r} {port}")
