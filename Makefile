@@ -27,7 +27,7 @@ demo: .venv/demo ## Convert a real model and embed with it (MODEL=moka-ai/m3e-ba
 	$(BIN)/python -m m3e_bench.demo $(MODEL)
 
 test: .venv/dev ## Run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 test-long: .venv/dev ## Run the tests that need full data sets or larger shapes too
 	$(BIN)/python -m pytest -q -m "not soak and not interop and not frameworks" --timeout 3000

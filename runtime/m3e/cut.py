@@ -108,10 +108,12 @@ class _BertCutter:
         kept: list[str] = []
         size = min(8 * n_tokens + 64, _MAX_WINDOW)
         start = count = 0
+        before = ""
         while start < len(text):
             window = text[start : start + size]
-            kinds = self._kinds_of(window)
-            flood = self._shorten_flood(window, kinds)
+            if window != before:  # floods are often of one character
+                before, kinds = window, self._kinds_of(window)
+                flood = self._shorten_flood(window, kinds)
             if flood is not None:
                 kept.append(flood)
             else:
@@ -159,12 +161,12 @@ class _BertCutter:
         """Shorten a window that is the inside of one word, or holds no word at all; None for any other."""
         lowest, highest = int(kinds.min()), int(kinds.max())
         if lowest >= _NOTHING:
-            end = np.flatnonzero(kinds == _WORD)[self._longest_word : self._longest_word + 1]
-            if len(end):
-                return window[: int(end[0]) + 1]
+            end = _find(kinds == _WORD, self._longest_word)
+            if end is not None:
+                return window[: end + 1]
         if lowest >= _SPACE and highest <= _NOTHING:
-            space = np.flatnonzero(kinds == _SPACE)[:1]
-            return window[0] + "".join(window[i] for i in space.tolist() if i > 0)
+            space = _find(kinds == _SPACE, 0)
+            return window[0] + window[space] if space else window[0]
         return None
 
     def _shorten(self, window: str, kinds: npt.NDArray[np.uint8]) -> str:
@@ -177,6 +179,15 @@ class _BertCutter:
         keep[1:] &= (kinds[1:] != kinds[:-1]) | ~(is_nothing | (kinds == _SPACE))[1:]
         codes = np.frombuffer(window.encode("utf-32-le"), dtype=np.uint32)
         return codes[keep].tobytes().decode("utf-32-le")
+
+
+def _find(where: npt.NDArray[np.bool_], n: int) -> int | None:
+    """Position of true number n, from 0; one near the front is found without a look at the rest."""
+    for part in (where[: 16 * (n + 1)], where):
+        found = np.flatnonzero(part)
+        if len(found) > n:
+            return int(found[n])
+    return None
 
 
 def _begins(kinds: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
