@@ -96,7 +96,7 @@ def on_uvicorn(app: Any, port: int, *, http: str = "httptools", loop: str = "uvl
     """Uvicorn, with as little beside the work as can be set."""
     import uvicorn
 
-    uvicorn.run(app, port=port, http=http, loop=loop, lifespan="auto", access_log=False, log_level="warning")  # type: ignore[arg-type]
+    uvicorn.run(app, port=port, http=http, loop=loop, access_log=False, log_level="warning")  # type: ignore[arg-type]
 
 
 def on_granian(interface: str, port: int) -> None:

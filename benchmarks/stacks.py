@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stacks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="in which every stack has a turn")
     parser.add_argument("--seconds", type=float, default=4, help="of a turn")
     parser.add_argument("--output", type=Path, default=RECORD)
     parsed = parser.parse_args()

@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3e import (
-    AsyncEncoder,
-    Batcher,
-    ClosedError,
-    DeadlineError,
-    Encoder,
-    InputError,
-)
+from m3e import AsyncEncoder, Batcher, ClosedError, DeadlineError, Encoder, InputError
 from tests.gates import Gate
 
 

@@ -12,14 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3e import (
-    ClosedError,
-    DeadlineError,
-    InferenceError,
-    InputError,
-    OverloadedError,
-    WorkerLostError,
-)
+from m3e import ClosedError, DeadlineError, InferenceError, InputError, OverloadedError, WorkerLostError
 from m3e.scheduler import Scheduler
 from m3e.token_queue import Job
 from tests.gates import Gate, vectors_of

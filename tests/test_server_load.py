@@ -219,7 +219,7 @@ def test_five_hundred_dribbling_connections_do_not_move_the_others(
     """Load at an even rate, alone and beside them, in turn; they send from a process of their own, as they would.
 
     Each sends two bytes a second, twenty times as often as slowhttptest by default (its option ``-i``). The p99 of one
-    turn moves by a fifth on its own, so there are many.
+    turn says little, so there are many.
     """
     limit_s, seconds, n, rounds = 8, 5, 500, 16
     arguments = ("--header-timeout-s", limit_s, "--body-timeout-s", limit_s)

@@ -9,9 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3e import (
-    DeadlineError,
-)
+from m3e import DeadlineError
 from m3e.plan import SPREAD
 from m3e.token_queue import Job, TokenQueue
 
