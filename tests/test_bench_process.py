@@ -95,6 +95,15 @@ def test_a_process_that_died_is_reported(process: EngineProcess) -> None:
     process.close()
 
 
+class Busy:
+    """Keeps a processor for twenty milliseconds."""
+
+    def encode(self, texts: list[str]) -> None:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+
+
 class Slow:
     """Answers one request in ten milliseconds."""
 
@@ -110,7 +119,11 @@ def test_open_loop_counts_the_wait_in_line_and_closed_loop_does_not() -> None:
     assert 10 <= np.median(closed) < 30
     calm = worker.open_loop("some", rate=10, seconds=0.5, seed=0)
     assert calm["answered"] == 1
+    assert calm["processor_ms"] < 10  # it sleeps
     assert np.median(calm["milliseconds"]) < 40
+    worker._engine = Busy()
+    assert worker.open_loop("some", rate=10, seconds=0.5, seed=0)["processor_ms"] >= 20
+    worker._engine = Slow()
     late = worker.open_loop("some", rate=400, seconds=0.3, seed=0)  # four times what it can do
     assert late["answered"] < 0.9
     assert late["milliseconds"][-1] > 200

@@ -58,6 +58,23 @@ def test_the_cost_of_a_million_texts(record: Record) -> None:
     assert '<td data-rate="1000.000">0.1000</td>' in render_page(record, 0.36)
 
 
+def test_the_processor_time_of_a_text_at_a_rate(record: Record) -> None:
+    found = [
+        series(engine, [[value]], "processor_ms", question="latency", unit="ms", better="lower", loop="open",
+               length_tokens=12, batch_size=1, rate_per_s=rate)
+        for engine, value, rate in (("st-torch-fp32", 90.0, 20), ("m3e-int8", 7.5, 20), ("m3e-int8", 9.0, 100))
+    ]  # fmt: skip
+    whole = dataclasses.replace(record, series=(*record.series, *found))
+    lines = render_markdown(whole, 0.36).splitlines()
+    start = lines.index("### Processor time of a text, ms, open loop, 20/s")
+    assert [line.split(" | ")[:2] for line in lines[start + 4 : start + 6]] == [
+        ["| M3E-INT8", "7.5"], ["| ST-TORCH-FP32", "90.0"],
+    ]  # fmt: skip
+    assert "### Processor time of a text, ms, open loop, 100/s" in lines
+    assert "Processor time of a text, 20 requests a second" in render_page(whole, 0.36)
+    assert "Processor time" not in render_markdown(record, 0.36) + render_page(record, 0.36)
+
+
 def test_the_readmes_row(record: Record) -> None:
     assert "| M3E-INT8 | 1,000 (4.0×) | 3.0 ms | 0.50 s | – | 0.99000 |" in readme.table(record, "cpu")
 

@@ -35,7 +35,7 @@ from m3e_export.pipeline import convert
 from m3e_export.quantize import calibration_ids, quantize
 from m3e_export.reference import reference_embeddings
 from m3e_export.sources import fetch_checkpoint
-from tests.agreement import ARCHITECTURES, POOLINGS, TEXTS, UNIEM, load
+from tests.agreement import ARCHITECTURES, POOLINGS, TEXTS, UNIEM, load, sites
 
 Array = np.ndarray[Any, Any]
 # What FP16 may cost: cosine, and a component of unit vectors.
@@ -208,8 +208,8 @@ def test_tensorrt_takes_every_operator_with_its_type(kind: str, pooling: str) ->
     """An operator that its parser does not take would be left to the CPU, in the middle of the graph."""
     _, loaded = load(kind, *POOLINGS.get(pooling, ([pooling], "")))
     refused = set()
-    for sites in (None, quantize(loaded) if pooling == "mean" else None):
-        model = onnx.shape_inference.infer_shapes(build_tensorrt_graph(loaded, (), sites), strict_mode=True)
+    for int8 in (None, sites(kind) if pooling == "mean" else None):
+        model = onnx.shape_inference.infer_shapes(build_tensorrt_graph(loaded, (), int8), strict_mode=True)
         graph = model.graph
         types = {item.name: item.type.tensor_type.elem_type for item in [*graph.input, *graph.value_info]}
         types |= {item.name: item.data_type for item in graph.initializer}

@@ -6,6 +6,8 @@ import dataclasses
 import subprocess
 import sys
 import threading
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,52 @@ def test_batches_of_one_call_run_side_by_side_and_a_lone_one_on_all_threads(
 
     expected = encoder.encode(MANY)
     session._beside, session._alone = Meeting(), Alone()
+    monkeypatch.setattr("m3e.session._PAUSE_S", 60)
     np.testing.assert_array_equal(encoder.encode(MANY), expected)
     assert set(taken) == {"beside"}
     for apart_s, session_taken in ((60, "beside"), (0, "alone")):  # batches that just met will meet again
         monkeypatch.setattr("m3e.session._APART_S", apart_s)
         np.testing.assert_array_equal(encoder.encode(MANY[0]), expected[0])
         assert taken[-1] == session_taken
+
+
+def test_no_thread_is_woken_for_a_few_tokens_after_a_pause(
+    tiny_bundle: Path, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_bytes = (tiny_bundle / tiny_encoder._running.graph.file).stat().st_size
+    monkeypatch.setattr("m3e.session._BYTES_WORTH_WAKING", 5 * n_bytes)
+    encoder = Encoder(tiny_bundle, num_threads=2)
+    session = encoder._running.session
+    assert isinstance(session, Session)
+    beside, alone, taken = session._beside, session._alone, list[str]()
+
+    def watched(name: str, of: Any) -> Any:
+        def run(*given: Any) -> Any:
+            taken.append(name)
+            return of.run(*given)
+
+        return types.SimpleNamespace(run=run)
+
+    session._beside, session._alone = watched("beside", beside), watched("alone", alone)
+    for n_characters, pause_s, session_taken in ((3, 0, "beside"), (3, 60, "alone"), (4, 0, "alone")):
+        monkeypatch.setattr("m3e.session._PAUSE_S", pause_s)
+        encoder.encode("好" * n_characters)  # and [CLS] and [SEP]
+        assert taken[-1] == session_taken
+
+
+def test_threads_sleep_soon_after_a_call(tiny_bundle: Path) -> None:
+    """Left alone onnxruntime's would keep the processors for tens of milliseconds after each."""
+    encoder = Encoder(tiny_bundle, num_threads=8)
+    text = "好" * 500
+
+    def spent_s() -> float:
+        encoder.encode(text)
+        encoder.encode(text)
+        begun = time.process_time()
+        time.sleep(0.2)
+        return time.process_time() - begun
+
+    assert min(spent_s() for _ in range(5)) < 0.02  # seven threads, 2 ms each
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

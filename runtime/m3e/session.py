@@ -23,16 +23,23 @@ OUTPUT = "sentence_embedding"
 
 # Batches further apart than this do not belong to one queue.
 _APART_S = 0.05
+# Threads wait so long for the next operator, or for the text behind a lone one, before they sleep. Left alone they wait
+# a million pauses (onnxruntime's pull request 27916): 75 ms of a Zen 3 after every call, of each processor but one.
+_SPIN_US = 2000
+# After a longer pause they sleep deeply enough that waking them costs more than a few tokens of a small graph on one
+# thread: so many tokens, times the bytes of the graph. Twelve of m3e-small's in INT8 are 0.3e9.
+_PAUSE_S = 0.02
+_BYTES_WORTH_WAKING = 0.5e9
 _NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 class Session:
     """One graph opened on the CPU. Safe to call from several threads at once.
 
-    A batch that runs alone gets all threads, which answers it soonest. Batches that run side by side get a thread
-    each, which embeds the most texts: no thread waits for another, not even where something else takes a processor
-    away for a moment. That takes the weights twice. Where batches met a moment ago the next ones will meet too, so they
-    get a thread each from their start.
+    A batch that runs alone gets all threads, which answers it soonest; a few tokens that come after a pause get one,
+    for less than waking the others takes. Batches that run side by side get a thread each, which embeds the most texts:
+    no thread waits for another, not even where something else takes a processor away for a moment. That takes the
+    weights twice. Where batches met a moment ago the next ones will meet too, so they get a thread each from the start.
 
     Args:
         model: The ONNX file's bytes.
@@ -75,8 +82,9 @@ class Session:
         self.workers = Workers(self.threads)
         self._alone = _open(model, num_threads)
         self._beside = _open(model, 1) if self.threads > 1 else self._alone
+        self._few_tokens = int(_BYTES_WORTH_WAKING / len(model))
         self._n_running = 0
-        self._met_at = float("-inf")
+        self._met_at = self._ran_at = float("-inf")
         self._counting = threading.Lock()
         _return_freed_memory()
 
@@ -115,7 +123,7 @@ class Session:
             inputs["prompt_length"] = np.array([prompt_length], dtype=np.int64)
         try:
             with self.side_by_side():
-                (result,) = self._choose().run([output], inputs)
+                (result,) = self._choose(sum(map(len, input_ids))).run([output], inputs)
         except Exception as error:
             raise InferenceError(f"onnxruntime failed on a batch of {len(input_ids)} texts: {error}") from error
         return check_finite(result)
@@ -133,14 +141,15 @@ class Session:
             with self._counting:
                 self._n_running -= 1
 
-    def _choose(self) -> Any:
-        """The session of all threads, unless batches run at once or just did.
+    def _choose(self, n_tokens: int) -> Any:
+        """The session of all threads, unless batches run at once or just did, or so few tokens come after a pause.
 
-        A queue of batches has moments in which one runs by itself. With all threads it would hold up the next, and
-        onnxruntime's second thread goes on spinning for a while after it.
+        A queue of batches has moments in which one runs by itself. With all threads it would hold up the next.
         """
-        alone = self._n_running == 1 and time.monotonic() - self._met_at > _APART_S
-        return self._alone if alone else self._beside
+        now = time.monotonic()
+        queued = self._n_running > 1 or now - self._met_at <= _APART_S
+        paused, self._ran_at = now - self._ran_at > _PAUSE_S, now
+        return self._beside if queued or (paused and n_tokens <= self._few_tokens) else self._alone
 
     def abandon(self) -> None:
         """Never close this session: in a forked child its threads do not exist, and closing would wait for them."""
@@ -155,6 +164,7 @@ def _open(model: bytes, num_threads: int) -> Any:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.dynamic_block_base", "4")  # a thread that was held up holds up less
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     # The graph is final: higher levels would fuse it back into slower operators.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4  # errors are raised; where memory is short, writing them too ends the process

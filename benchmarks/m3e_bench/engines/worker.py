@@ -85,6 +85,8 @@ class Worker:
 
         So a request that waits behind a slow one counts its wait. An engine that cannot keep up is stopped at twice
         the time; what is unanswered then counts as answered at that moment, which understates it.
+
+        The processor time of this process counts everything from the first request on, also threads that wait awake.
         """
         random_ = random.Random(seed)
         intended, at = [], 0.0
@@ -103,7 +105,7 @@ class Worker:
 
         # A library answers one caller after another; a server is asked by as many at once as there are requests.
         servers = [threading.Thread(target=serve) for _ in range(getattr(self._engine, "CONCURRENT_REQUESTS", 1))]
-        begin = time.perf_counter()
+        begin, spent_s = time.perf_counter(), time.process_time()
         for thread in servers:
             thread.start()
         for i, moment in enumerate(intended):
@@ -119,7 +121,10 @@ class Worker:
             thread.join()
         end = max(2 * seconds, *done.values()) if len(done) < len(intended) else 0.0
         milliseconds = [(done.get(i, end) - moment) * 1e3 for i, moment in enumerate(intended)]
-        return {"milliseconds": milliseconds, "answered": len(done) / max(1, len(intended))}
+        answer = {"milliseconds": milliseconds, "answered": len(done) / max(1, len(intended))}
+        if getattr(self._engine, "IN_PROCESS", True):
+            answer["processor_ms"] = (time.process_time() - spent_s) * 1e3 / max(1, len(answered))
+        return answer
 
     def vectors(self, name: str, path: str) -> dict[str, Any]:
         """Embed texts and write the vectors as an .npy file."""

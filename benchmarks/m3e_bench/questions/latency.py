@@ -44,13 +44,17 @@ def _open(run: Run, model: Model, rate: int) -> None:
         opened.process.request("latency", count=_WARM_UP, name=name, batch_size=1)
         answer = opened.process.request("open_loop", name=name, rate=rate, seconds=run.budget.open_loop_s, seed=number)
         parameters = {"loop": "open", "length_tokens": 12, "batch_size": 1, "rate_per_s": rate}
-        return [
+
+        def one(metric: str, unit: str, better: str, value: float) -> Series:
+            return Series("latency", metric, unit, better, model.name, opened.engine.name, ((value,),), parameters)
+
+        found = [
             _series(model, opened, tuple(answer["milliseconds"]), parameters),
-            Series(
-                "latency", "answered_share", "1", "higher", model.name, opened.engine.name, ((answer["answered"],),),
-                parameters,
-            ),
-        ]  # fmt: skip
+            one("answered_share", "1", "higher", answer["answered"]),
+        ]
+        if "processor_ms" in answer:  # a server's is its own
+            found.append(one("processor_ms", "ms", "lower", answer["processor_ms"]))
+        return found
 
     run.interleave(f"latency at {rate}/s", model, measure, rounds=1)
 

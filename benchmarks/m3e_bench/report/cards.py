@@ -109,6 +109,11 @@ class Cards:
                 items.append((self._record.title(one.engine) + late, self._kind(one.engine), one.flat))
             drawn = _both(functools.partial(charts.ridges, items, unit="ms", name=heading))
             cards.append(_card(heading, note, drawn))
+        for rate in figures.values(self._record, "processor_ms", "rate_per_s", model=model):
+            heading = f"Processor time of a text, {rate} requests a second"
+            note = "All threads, also those that wait awake for the next text; lower leaves more to other programs."
+            found = self._record.find("processor_ms", model=model, rate_per_s=rate)
+            cards.append(_card(heading, note, self._bars(figures.rows(self._record, found), "ms", heading)))
         return cards
 
     def _speed_against_accuracy(self, model: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from m3e_bench.record import Record
 from m3e_bench.report import figures
@@ -63,10 +64,14 @@ def _latency(record: Record, model: str) -> list[str]:
         cases.setdefault(case, []).append((record.title(one.engine), *(f"{value:.2f}" for value in found.values())))
     for case, table in cases.items():
         lines += _table(case, ["engine", "p50", "p95", "p99"], sorted(table, key=lambda row: float(row[1])))
+    for rate in figures.values(record, "processor_ms", "rate_per_s", model=model):
+        lines += _single(
+            record, model, "processor_ms", f"Processor time of a text, ms, open loop, {rate}/s", rate_per_s=rate
+        )
     return lines
 
 
-def _single(record: Record, model: str, metric: str, heading: str, **where: str) -> list[str]:
+def _single(record: Record, model: str, metric: str, heading: str, **where: Any) -> list[str]:
     found = record.find(metric, model=model, **where)
     table = [(row.title, number(row.value), times(row.times)) for row in figures.rows(record, found)]
     return _table(heading, ["engine", "median", "against torch FP32"], table)
