@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 WITH_PEERS = {"integrations.md", "bulk.md"}
 MARKS = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 # The same blocks as in English, with other words.
-TRANSLATED = {"zh/tune.md", "zh/precision.md", "zh/operate.md"}
+TRANSLATED = {"zh/index.md", "zh/migrate.md", "zh/scores.md", "zh/tune.md", "zh/precision.md", "zh/operate.md"}
 PAGES = [
     pytest.param(name, marks=MARKS if name in WITH_PEERS else pytest.mark.long if name in TRANSLATED else [])
     for name in ("index.md", "migrate.md", "bulk.md", "integrations.md", "scores.md", "precision.md", "tune.md",

@@ -23,8 +23,12 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_certificate_of_each_graph_carries_the_figures(tiny_checkpoint: Path, tmp_path: Path, pairs: Path) -> None:
-    manifest = convert(str(tiny_checkpoint), tmp_path / "out", precisions=("fp32", "int8"), evaluation=pairs)
+def test_the_certificate_of_each_graph_carries_the_figures(
+    tiny_checkpoint: Path, few_texts: Path, tmp_path: Path, pairs: Path
+) -> None:
+    manifest = convert(
+        str(tiny_checkpoint), tmp_path / "out", precisions=("fp32", "int8"), evaluation=pairs, calibration=few_texts
+    )
     fp32, int8 = (graph.certificate for graph in manifest.graphs)
     assert fp32 is not None
     assert int8 is not None
