@@ -25,6 +25,7 @@ OUTPUT = "sentence_embedding"
 _APART_S = 0.05
 # Threads wait so long for the next operator, or for the text behind a lone one, before they sleep. Left alone they wait
 # a million pauses (onnxruntime's pull request 27916): 75 ms of a Zen 3 after every call, of each processor but one.
+# Versions before 1.26 do not know the setting.
 _SPIN_US = 2000
 # After a longer pause they sleep deeply enough that waking them costs more than a few tokens of a small graph on one
 # thread: so many tokens, times the bytes of the graph. Twelve of m3e-small's in INT8 are 0.3e9.
