@@ -3,158 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
-import safetensors.torch
 import tokenizers
 import torch
 from transformers import AutoTokenizer, BertTokenizer
 
-from benchmarks.checkpoints import random_tensors, vocabulary, write_json
+from benchmarks.checkpoints import vocabulary, write_json
 from m3e import CheckpointError, DependencyError
-from m3e_export.architectures import ARCHITECTURES
-from m3e_export.checkpoint import Checkpoint, load_checkpoint
+from m3e_export.checkpoint import load_checkpoint
 from m3e_export.modules import Dense, Modules, Normalize, read_modules
 from m3e_export.pipeline import _space_id
-from m3e_export.sources import LocalCheckpoint, fetch_checkpoint
+from m3e_export.sources import fetch_checkpoint
 from m3e_export.tokenizer import read_tokenizer
-from m3e_export.weights import read_weights
+from tests.edited_checkpoint import (
+    CONFIG,
+    FILES,
+    LENGTH,
+    MODULES,
+    POOLING,
+    PROMPTS,
+    TOKENIZER,
+    WORDS,
+    edit,
+    folder,
+    load,
+    modules,
+)
 from tests.encoders import write_sentencepiece
 
-WORDS = 300
-TENSORS: dict[str, Any] = {**random_tensors("tiny", vocab_size=WORDS)}
-QUERY, BIAS = "encoder.layer.1.attention.self.query.weight", "embeddings.LayerNorm.bias"
-CONFIG, MODULES, POOLING, PROMPTS, LENGTH, TOKENIZER = FILES = (
-    "config.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
-    "sentence_bert_config.json", "tokenizer_config.json",
-)  # fmt: skip
+__all__ = ["folder"]
+
 TEXTS = [
     "", "[MASK] [CLS]x [mask]", "𠮷野家の牛丼 🍜 café CAFÉ 100％ ２０２４年", "a\u200bb\ufeff\x00c\td\ne", "x" * 101,
     "ǅ İstanbul ß naïve e\u0301", "👩‍👩‍👧 한국어 日本語，Hello, world!!",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A small checkpoint to change; its name does not say M3E."""
-    folder = tmp_path / "bert"
-    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("model.safetensors", "vocab.txt"))
-    edit(folder, {CONFIG: {"vocab_size": WORDS}})
-    (folder / "vocab.txt").write_text("\n".join(vocabulary()[:WORDS]), encoding="utf-8")
-    safetensors.numpy.save_file(TENSORS, folder / "model.safetensors")
-    return folder
-
-
-def edit(folder: Path, edits: dict[str, Any]) -> None:
-    """Remove a file (None), replace it (list) or set fields in it (dict), where `...` removes a field."""
-    for name, change in edits.items():
-        path = folder / name
-        if isinstance(change, dict):
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            change = {field: value for field, value in (before | change).items() if value is not ...}
-        path.unlink() if change is None else write_json(path, change)
-
-
-def load(folder: Path, **asked: Any) -> Checkpoint:
-    return load_checkpoint(LocalCheckpoint(folder, "some-org/bert", None), **asked)
-
-
-def modules(*kinds: str) -> dict[str, Any]:
-    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
-    return {MODULES: [{"path": path, "type": f"x.models.{kind}"} for path, kind in zip(paths, kinds, strict=True)]}
-
-
-def renamed(old: str, new: str) -> dict[str, Any]:
-    return {re.sub(old, new, name): tensor for name, tensor in TENSORS.items()}
-
-
-TENSORFLOW = {name.replace("Norm.bias", "Norm.beta"): t for name, t in renamed(r"Norm\.weight", "Norm.gamma").items()}
-HEADS = (
-    "pooler.dense.weight", "bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids",
-    "cls.seq_relationship.weight", "classifier.weight", "qa_outputs.bias",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize(
-    ("given", "dtype"),
-    [
-        pytest.param(TENSORS, torch.float32, id="plain"),
-        pytest.param(renamed("^", "bert."), torch.float32, id="bert. prefix"),
-        pytest.param(TENSORFLOW, torch.float32, id="TensorFlow's names"),
-        pytest.param({**TENSORS, **{name: np.arange(3) for name in HEADS}}, torch.float32, id="heads"),
-        pytest.param(TENSORS, torch.float16, id="float16"),
-        pytest.param(TENSORS, torch.bfloat16, id="bfloat16"),
-    ],
-)
-def test_weights_are_read_as_float32(tmp_path: Path, file: str, given: dict[str, Any], dtype: torch.dtype) -> None:
-    save = safetensors.torch.save_file if file == "model.safetensors" else torch.save
-    save({name: torch.from_numpy(tensor).to(dtype) for name, tensor in given.items()}, tmp_path / file)
-    tensors, _ = read_weights(tmp_path, ARCHITECTURES["bert"])
-    assert tensors.keys() == TENSORS.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == np.float32
-        np.testing.assert_array_equal(tensor, torch.from_numpy(TENSORS[name]).to(dtype).float().numpy())
-
-
-def test_bfloat16_is_read_before_anything_imports_onnx(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"a": torch.tensor([1.5], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    code = f"import pathlib, sys; sys.path[:] = {sys.path!r}; from m3e_export.weights import read_tensors"
-    code += (
-        f"; print(read_tensors([pathlib.Path({str(tmp_path)!r}) / 'model.safetensors'])['a'], 'onnx' in sys.modules)"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[1.5] False\n"
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[object, ...]:
-            return Path.touch, (canary,)
-
-    canary, path = tmp_path / "canary", tmp_path / "pytorch_model.bin"
-    torch.save({"weight": Payload()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin' cannot be read as a PyTorch state dict"):
-        read_weights(tmp_path, ARCHITECTURES["bert"])
-    assert not canary.exists()
-    torch.load(path, weights_only=False)
-    assert canary.exists()  # the payload does work
-
-
-def test_pickled_weights_without_torch_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(DependencyError, match=r'pip install "m3e-runtime\[torch\]"'):
-        read_weights(tmp_path, ARCHITECTURES["bert"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "problems"),
-    [
-        pytest.param({QUERY: None}, [f"{QUERY} is missing"], id="missing"),
-        pytest.param({QUERY: None, BIAS: None}, [f"{QUERY} is missing", f"{BIAS} is missing"], id="two missing"),
-        pytest.param(dict.fromkeys(TENSORS, None) | {"a": TENSORS[BIAS]}, ["and 30 more"], id="all missing"),
-        pytest.param({BIAS: TENSORS[QUERY]}, [f"{BIAS} has shape (64, 64), config.json says (64,)"], id="shape"),
-        pytest.param({BIAS: TENSORS[BIAS] * np.nan}, [f"{BIAS} has values that are not finite"], id="NaN"),
-        pytest.param({BIAS: TENSORS[BIAS] * np.inf}, [f"{BIAS} has values that are not finite"], id="infinity"),
-        pytest.param({"extra.bias": TENSORS[BIAS]}, ["extra.bias is unknown in a bert encoder"], id="unknown"),
-    ],
-)
-def test_weights_that_do_not_fit(folder: Path, changes: dict[str, Any], problems: list[str]) -> None:
-    tensors = {name: tensor for name, tensor in (TENSORS | changes).items() if tensor is not None}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="do not fit") as caught:
-        load(folder)
-    assert [problem for problem in problems if problem not in str(caught.value)] == []
 
 
 NO_POOLING = {MODULES: None, POOLING: None}
@@ -424,39 +313,6 @@ def test_a_dense_module_that_cannot_be_built(
     add_dense(folder, config, tensors)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
-
-
-@pytest.mark.parametrize("name", ["base_model.model.encoder.layer.0.attention.self.query.lora_A.weight",
-                                  "bert.encoder.layer.0.attention.self.query.lora_B.default.weight"])  # fmt: skip
-def test_an_adapter_that_is_not_merged_is_refused(folder: Path, name: str) -> None:
-    safetensors.numpy.save_file({**TENSORS, name: TENSORS[BIAS]}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds? an adapter that is not merged .*merge_and_unload"):
-        load(folder)
-
-
-def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:
-    safetensors.numpy.save_file({**TENSORS, f"bert.{BIAS}": TENSORS[BIAS]}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"hold {BIAS} twice"):
-        load(folder)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_weights_in_several_files(folder: Path, file: str) -> None:
-    whole = load(folder)
-    (folder / "model.safetensors").unlink()
-    stem, suffix = file.split(".")
-    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
-    names = sorted(TENSORS)
-    where: dict[str, str] = {}
-    for i in range(2):
-        part = {name: torch.from_numpy(TENSORS[name]) for name in names[i::2]}
-        save(part, folder / f"{stem}-{i + 1:05}-of-00002.{suffix}")
-        where |= dict.fromkeys(part, f"{stem}-{i + 1:05}-of-00002.{suffix}")
-    write_json(folder / f"{file}.index.json", {"weight_map": where})
-    found = load(folder)
-    assert found.weights_sha256 != whole.weights_sha256
-    for name in names:
-        np.testing.assert_array_equal(found.tensors[name], whole.tensors[name])
 
 
 def test_files_of_sentencepiece_are_read_through_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
