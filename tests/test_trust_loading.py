@@ -14,7 +14,7 @@ from m3e import BundleError, CheckpointError, Encoder
 from m3e.bundle import Bundle
 from m3e.tokenizer_check import check_tokenizer
 from m3e_export.pipeline import convert
-from tests.trust import flips, hostile
+from tests.trust import flips, hostile, hostile_checkpoints
 
 
 @pytest.fixture
@@ -127,13 +127,13 @@ def touched() -> Iterator[list[str]]:
     _opened_files = None
 
 
-@pytest.mark.parametrize("name", hostile.CHECKPOINTS)
+@pytest.mark.parametrize("name", hostile_checkpoints.CHECKPOINTS)
 def test_a_hostile_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path, touched: list[str], name: str) -> None:
     folder, outside = tmp_path / "case" / "m3e-tiny", tmp_path / "outside"
     shutil.copytree(tiny_checkpoint, folder)
     outside.mkdir()
     (outside / "secret").write_text("secret")
-    change, message = hostile.CHECKPOINTS[name]
+    change, message = hostile_checkpoints.CHECKPOINTS[name]
     change(folder, outside / "secret")
     touched.clear()
     with pytest.raises(CheckpointError, match=message):

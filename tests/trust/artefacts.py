@@ -16,7 +16,7 @@ from pathlib import Path
 from m3e import BundleError, CheckpointError, ExportError
 from m3e.bundle import Bundle
 from m3e_export.pipeline import convert
-from tests.trust import Figure, Outcome, counted, flips, hostile, kills
+from tests.trust import Figure, Outcome, counted, flips, hostile, hostile_checkpoints, kills
 from tests.trust.children import in_child
 from tests.trust.models import tiny_bundle, tiny_checkpoint
 
@@ -88,7 +88,7 @@ def measure_hostile(count: int) -> Outcome:
     """Every hostile graph, manifest, tokenizer and checkpoint; `count` passes."""
     survivors = [name for _ in counted(count) for name in hostile_survivors(_open)]
     without = hostile_survivors(lambda folder: Bundle(folder).verify())
-    n = len(hostile.GRAPHS) + len(hostile.MANIFESTS) + len(hostile.TOKENIZERS) + len(hostile.CHECKPOINTS)
+    n = len(hostile.GRAPHS) + len(hostile.MANIFESTS) + len(hostile.TOKENIZERS) + len(hostile_checkpoints.CHECKPOINTS)
     return Outcome(summary(survivors, n * count), not survivors, {"a loader that verifies hashes alone": bool(without)})
 
 
@@ -119,7 +119,7 @@ def hostile_survivors(load: flips.Load) -> list[str]:
             except BundleError:
                 continue
         survivors.append(name)
-    for name, (change_checkpoint, _) in hostile.CHECKPOINTS.items():
+    for name, (change_checkpoint, _) in hostile_checkpoints.CHECKPOINTS.items():
         with working_folder() as work:
             folder, secret = work / "case" / "m3e-tiny", work / "outside" / "secret"
             shutil.copytree(tiny_checkpoint(), folder)

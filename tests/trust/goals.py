@@ -47,10 +47,10 @@ GROUPS = {
     "D": "Memory and resources", "E": "Artefacts", "F": "Hygiene",
 }  # fmt: skip
 
-_LIFE, _LOAD, _ERRORS = "tests/test_server_life.py::", "tests/test_server_load.py::", "tests/test_server_errors.py::"
+_LIFE, _WORKER, _LOAD, _ERRORS = (f"tests/test_server_{name}.py::" for name in ("life", "worker", "load", "errors"))
 _SWAPS = (_LIFE + "test_a_bundle_is_swapped_while_requests_run_and_a_damaged_one_is_refused[many]",)
 _WIRE = ("tests/test_server_clients.py::test_the_wire_is_the_document[many]",)
-_POISON = (_LIFE + "test_neighbours_are_right_in_a_thousand_batches",)
+_POISON = (_WORKER + "test_neighbours_are_right_in_a_thousand_batches",)
 _OVERLOAD = Proof(("tests/test_server_overload.py",), long=60)
 
 GOALS = (
@@ -65,7 +65,7 @@ GOALS = (
     Goal("A6", "neighbours of a failing text that get the right vector", "100 % of 10,000 batches",
          Proof(_POISON, long=1000, soak=10_000)),
     Goal("A7", "worker lost: not ready, in-flight resolved, recovered", "<= 1 s, <= 2 s, <= 5 s",
-         Proof((_LIFE + "test_what_a_lost_worker_costs",), long=5)),
+         Proof((_WORKER + "test_what_a_lost_worker_costs",), long=5)),
     Goal("A8", "NaN, infinity or null sent with 200", "0", Proof(_POISON, long=1000, soak=10_000)),
     Goal("B1", "distinct byte patterns of one batch repeated, per number of threads", "1"),
     Goal("B2", "FP32: difference by neighbours, order and padding", "<= 1e-6 over 100,000"),
