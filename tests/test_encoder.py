@@ -282,7 +282,8 @@ def test_values_that_are_not_finite_never_leave(tiny_encoder: Encoder, monkeypat
         def run(self, *_: Any) -> list[np.ndarray[Any, Any]]:
             return [np.full((1, 64), np.nan, dtype=np.float32)]
 
-    monkeypatch.setattr(tiny_encoder._running.session, "_alone", Broken())
+    for session in ("_alone", "_beside"):
+        monkeypatch.setattr(tiny_encoder._running.session, session, Broken())
     with pytest.raises(InferenceError, match="not finite"):
         tiny_encoder.encode("a")
 
